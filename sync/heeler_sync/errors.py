@@ -1,0 +1,113 @@
+"""What can go wrong between files and objects, as one small tree.
+
+Every error says what failed and on what. Two questions decide what a caller does, and the types answer them:
+may the same call succeed later (`TransientStoreError`), or does somebody have to change something first?
+"""
+
+from __future__ import annotations
+
+
+class SyncError(Exception):
+    """The root of everything that `heeler_sync` raises on purpose."""
+
+
+class StoreError(SyncError):
+    """A call to the object store did not succeed.
+
+    Attributes:
+        operation: The call, as S3 names it ("PutObject", "ListObjects" ...).
+        bucket: The bucket asked.
+        key: The key or prefix asked; empty where the call has none.
+        detail: What the store or the network said, without credentials or signed URLs.
+    """
+
+    def __init__(self, operation: str, bucket: str, key: str, detail: str) -> None:
+        self.operation = operation
+        self.bucket = bucket
+        self.key = key
+        self.detail = detail
+        super().__init__(f"{operation} s3://{bucket}/{key}: {detail}")
+
+
+class TransientStoreError(StoreError):
+    """The store was busy, broken or out of reach: the same call may succeed later."""
+
+
+class PermanentStoreError(StoreError):
+    """The store refused, and will refuse again until somebody changes something."""
+
+
+class AccessDeniedError(PermanentStoreError):
+    """The credentials are wrong or may not do this (401, 403)."""
+
+
+class NoSuchBucketError(PermanentStoreError):
+    """The bucket does not exist at this endpoint."""
+
+
+class ObjectNotFoundError(PermanentStoreError):
+    """The key does not exist."""
+
+
+class PreconditionFailedError(PermanentStoreError):
+    """The object is not, or no longer, the one that the condition named (412)."""
+
+
+class RangeNotSupportedError(PermanentStoreError):
+    """The store answers a range with something else: read the object from its start."""
+
+
+class UnsafeKeyError(SyncError):
+    """An object's key has no place inside the folder that it would be downloaded to.
+
+    Attributes:
+        key: The key, as the store lists it.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, key: str, reason: str) -> None:
+        self.key = key
+        self.reason = reason
+        super().__init__(f"object key {key!r} is refused: {reason}; rename or delete the object")
+
+
+class DamagedObjectError(SyncError):
+    """An object's bytes are not the ones that were stored under its digest."""
+
+    def __init__(self, bucket: str, key: str, detail: str) -> None:
+        self.bucket = bucket
+        self.key = key
+        super().__init__(f"s3://{bucket}/{key} is damaged: {detail}")
+
+
+class ObjectReplacedError(SyncError):
+    """Somebody else wrote or deleted an object that was ours: another worker may hold the job by now."""
+
+    def __init__(self, bucket: str, key: str) -> None:
+        self.bucket = bucket
+        self.key = key
+        super().__init__(f"s3://{bucket}/{key} was changed by somebody else")
+
+
+class LocalFileError(SyncError):
+    """A local folder or file can't be used as asked: missing rights, a full disk, a path in the way.
+
+    Attributes:
+        path: The folder or file.
+    """
+
+    def __init__(self, path: str, detail: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: {detail}")
+
+
+class FileChangedError(SyncError):
+    """A file changed while it was read, so what was read is no state that it ever had. Read it again."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(f"{path} changed while it was read")
+
+
+class BadLocationError(SyncError, ValueError):
+    """A storage address is not of the form s3://bucket/prefix/."""

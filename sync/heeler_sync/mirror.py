@@ -1,0 +1,257 @@
+"""Mirror mode of one folder: every settled file at prefix + relative path, as Kelpie lays it out.
+
+`Mirror.run` is the one owner of the folder's state: it takes in what the watcher saw, decides what has settled,
+keeps a bounded number of files on their way, and deletes objects only after everything before them is durable.
+`end` tells it that the program is over: then it captures what it may and returns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+from anyio.abc import TaskGroup
+
+from heeler_sync.errors import LocalFileError, SyncError
+from heeler_sync.openfiles import open_for_writing
+from heeler_sync.paths import Location
+from heeler_sync.sender import Ended, MirrorContext, Sender
+from heeler_sync.settle import Settler
+from heeler_sync.store.base import ObjectStore
+from heeler_sync.tree import Scan, Stamp, scan
+from heeler_sync.upload import Stored
+from heeler_sync.watch import CLOSED, GONE, Batch, TreeWatch
+
+_MAX_IN_FLIGHT = 16
+_SCAN_SECONDS = 60.0
+_SCAN_SECONDS_UNWATCHED = 5.0
+_SCAN_SOON_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What a program's end lets us send.
+
+    Attributes:
+        whole: All that the folder holds now; else only what had settled before the end.
+    """
+
+    whole: bool
+
+
+class Mirror:
+    """Keeps one prefix equal to one folder."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        location: Location,
+        root: Path,
+        include: Callable[[str], bool],
+        context: MirrorContext,
+        stored: dict[str, Stored] | None = None,
+    ) -> None:
+        """Args: `stored` is what storage is known to hold below `location`, by relative path."""
+        self.root = root
+        self._include = include
+        self._context = context
+        self._sender = Sender(store, location, root, context)
+        self._settler = Settler(context.times)
+        self._stored = dict(stored or {})
+        self._seen: dict[str, Stamp] = {path: known.stamp for path, known in self._stored.items()}
+        self._left_out: set[str] = set()
+        self._capture: Capture | None = None
+        self._captured = False
+        self._next_scan = -math.inf
+        self._scan_seconds = _SCAN_SECONDS
+        self._news = anyio.Event()
+        self.finished = anyio.Event()
+
+    @property
+    def refusal(self) -> SyncError | None:
+        """After `finished`: why something could not be made durable; None if all is."""
+        return self._sender.refusal
+
+    @property
+    def stored(self) -> dict[str, Stored]:
+        """What storage is known to hold, by relative path."""
+        return dict(self._stored)
+
+    def unsent(self) -> set[Path]:
+        """The files whose newest state is not durable yet."""
+        return {self.root / relative for relative in self._settler.unsent()}
+
+    def oldest_unsent(self) -> float | None:
+        """Since when (clock of `anyio.current_time`) the oldest of them is waiting."""
+        return self._settler.oldest()
+
+    def largest(self) -> int:
+        """The size in bytes of the largest file seen: what a last checkpoint may add."""
+        return max((stamp.size for stamp in self._seen.values()), default=0)
+
+    def end(self, capture: Capture) -> None:
+        """The program is over: capture what `capture` allows, then let `run` return."""
+        self._capture = capture
+        self._sender.over.set()
+        self._news.set()
+
+    async def run(self) -> None:
+        """Mirror until `end` was called and what it allows is durable, or refused for good (`refusal`)."""
+        async with AsyncExitStack() as stack:
+            stack.callback(self.finished.set)
+            watch = None if self._capture else await self._watch(stack)
+            group = await stack.enter_async_context(anyio.create_task_group())
+            while not await self._step(watch, group):
+                await self._wait_for_news()
+            group.cancel_scope.cancel()
+
+    async def _watch(self, stack: AsyncExitStack) -> TreeWatch | None:
+        try:
+            return await stack.enter_async_context(TreeWatch(self.root, self._rouse))
+        except OSError as error:
+            self._event("watch_unavailable", folder=str(self.root), error=error.strerror or str(error))
+            self._scan_seconds = _SCAN_SECONDS_UNWATCHED
+            return None
+
+    def _rouse(self) -> None:
+        self._news.set()
+
+    async def _step(self, watch: TreeWatch | None, group: TaskGroup) -> bool:
+        """Take in, decide, send; whether all is done."""
+        if not self._captured:
+            now = anyio.current_time()
+            if watch is not None:
+                self._take(watch.drain(), now)
+            if self._capture is not None:
+                self._captured = True
+                await self._take_last(self._capture, now)
+            elif now >= self._next_scan:
+                self._next_scan = now + self._scan_seconds
+                await self._compare(now, settled=False)
+        await self._start_uploads(group)
+        for relative in self._settler.deletable():
+            self._settler.delete(relative)
+            group.start_soon(self._delete, relative)
+        return self._captured and (self.refusal is not None or not self._settler.busy)
+
+    async def _wait_for_news(self) -> None:
+        due = self._settler.next_due() if self._settler.in_flight < _MAX_IN_FLIGHT else None
+        until = min(math.inf if due is None else due, math.inf if self._captured else self._next_scan)
+        with anyio.move_on_at(until):
+            await self._news.wait()
+        self._news = anyio.Event()
+
+    def _take(self, batch: Batch, now: float) -> None:
+        for relative, what in batch.files.items():
+            if what == GONE:
+                self._note_gone(relative)
+            elif self._include(relative):
+                self._settler.changed(relative, now, closed=what == CLOSED)
+        if batch.rescan:
+            self._next_scan = min(self._next_scan, now + _SCAN_SOON_SECONDS)
+        for relative in self._settler.overdue(now):
+            self._event("file_never_settles", file=relative, seconds=self._context.times.max_wait)
+
+    async def _take_last(self, capture: Capture, now: float) -> None:
+        if capture.whole:
+            await self._compare(now, settled=True)
+        else:
+            self._settler.drop_unsettled(now)
+
+    async def _compare(self, now: float, *, settled: bool) -> None:
+        """A scan is the truth; what it finds that we did not know is a change like any other."""
+        try:
+            found = await anyio.to_thread.run_sync(scan, self.root, self._include)
+        except LocalFileError as error:
+            self._event("scan_failed", folder=str(self.root), error=str(error))
+            if self._captured:
+                self._sender.refusal = error
+            return
+        self._report_left_out(found)
+        unsent = self._settler.unsent()
+        for relative, stamp in found.files.items():
+            stored = self._stored.get(relative)
+            if settled and (stored is None or stored.stamp != stamp):
+                self._settler.changed(relative, now, closed=True, settled=True)
+            elif not settled and self._seen.get(relative) != stamp and relative not in unsent:
+                self._settler.changed(relative, now, closed=False)
+            self._seen[relative] = stamp
+        for relative in self._seen.keys() - found.files.keys():
+            self._note_gone(relative)
+
+    def _note_gone(self, relative: str) -> None:
+        self._seen.pop(relative, None)
+        self._settler.vanished(relative, stored=relative in self._stored)
+
+    def _report_left_out(self, found: Scan) -> None:
+        for relative, reason in found.left_out.items():
+            if relative not in self._left_out:
+                self._event("file_left_out", file=relative, reason=reason)
+        self._left_out = set(found.left_out)
+
+    async def _start_uploads(self, group: TaskGroup) -> None:
+        free = max(0, _MAX_IN_FLIGHT - self._settler.in_flight)
+        quiet = self._settler.quiet(anyio.current_time())[:free]
+        if not quiet:
+            return
+        states = await anyio.to_thread.run_sync(_states, self.root, quiet, not self._captured)
+        now = anyio.current_time()
+        for relative, state in states.items():
+            if state is None:
+                self._note_gone(relative)
+            elif state.held_open and not self._settler.waited_open(relative, now):
+                self._settler.hold(relative)
+            else:
+                self._seen[relative] = state.stamp
+                self._settler.start(relative)
+                group.start_soon(self._upload, relative, state.stamp)
+
+    async def _upload(self, relative: str, settled: Stamp) -> None:
+        ended, stored = await self._sender.send(relative, settled, self._stored.get(relative))
+        if ended is Ended.DURABLE and stored is not None:
+            self._stored[relative] = stored
+        elif ended is Ended.GONE:
+            self._note_gone(relative)
+        elif ended is Ended.CHANGED and self._may_take_newer() and not self._settler.is_dirty(relative):
+            self._settler.changed(relative, anyio.current_time(), closed=self._captured)
+        self._settler.done(relative)
+        self._news.set()
+
+    def _may_take_newer(self) -> bool:
+        """After a program that died, a newer state than the settled one may be half a save: it is left."""
+        return self._capture is None or self._capture.whole
+
+    async def _delete(self, relative: str) -> None:
+        if await self._sender.delete(relative, lambda: self._settler.is_dirty(relative)):
+            self._stored.pop(relative, None)
+        self._settler.deleted(relative)
+        self._news.set()
+
+    def _event(self, name: str, **fields: object) -> None:
+        self._context.on_event(name, fields)
+
+
+@dataclass(frozen=True)
+class _State:
+    stamp: Stamp
+    held_open: bool
+
+
+def _states(root: Path, relatives: list[str], look_for_writers: bool) -> dict[str, _State | None]:
+    """The present states of files that look quiet; None for one that is gone. Blocks."""
+    real = {relative: str((root / relative).resolve()) for relative in relatives}
+    held = open_for_writing(real.values()) if look_for_writers else set()
+    states: dict[str, _State | None] = {}
+    for relative in relatives:
+        try:
+            stamp = Stamp.of((root / relative).stat())
+        except (FileNotFoundError, NotADirectoryError):
+            states[relative] = None
+        else:
+            states[relative] = _State(stamp, real[relative] in held)
+    return states

@@ -1,0 +1,38 @@
+"""How a job reaches the user's program: the protocol of deliveries."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from heeler.drain import Drain
+from heeler.job import Ending, Job
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One attempt at one job.
+
+    Attributes:
+        job: The job.
+        attempt: From 1.
+        environment: What the job's folders add to the program's environment.
+        reserve: Seconds that the flush after the program's end will need, as far as we know now.
+    """
+
+    job: Job
+    attempt: int
+    environment: Mapping[str, str]
+    reserve: Callable[[], Awaitable[float]]
+
+
+class Delivery(Protocol):
+    """Hands a job to the program and says how it ended."""
+
+    async def deliver(self, assignment: Assignment, drain: Drain) -> Ending:
+        """Run one attempt to its end; cancelled, the program is ended first.
+
+        In a drain the program is told to stop and given the grace period less the reserve.
+        """
+        ...

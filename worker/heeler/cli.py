@@ -1,0 +1,202 @@
+"""Commands and exit codes, thin: each reads its arguments, calls one function and prints what comes back."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from heeler import __version__, signals
+from heeler.config import Configuration, Settings, environment_name, flag_name, load, show
+from heeler.errors import EXIT_USAGE, HeelerError, UsageError
+
+app = typer.Typer(
+    name="heeler",
+    help="Keeps long jobs alive on machines that vanish: takes them from a queue, keeps their lease and their files.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+_ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="Settings file [default: heeler.toml, if there].")
+]
+
+
+def _with_settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Give a command the flags of the named settings, and `configuration` as its first argument."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., None]:
+        own = list(inspect.signature(command).parameters.values())[1:]
+        options = [_option(entry.name) for entry in fields(Settings) if entry.name in names]
+        file = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_ConfigFile)
+
+        @functools.wraps(command)
+        def run(**arguments: Any) -> None:
+            flags = {name: value for name in names if (value := arguments.pop(name)) is not None}
+            configuration = load(flags, os.environ, arguments.pop("config"))
+            command(configuration, **arguments)
+
+        parameters = [*own, *options, file]
+        parameters.sort(key=lambda parameter: parameter.kind)
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        del run.__wrapped__
+        return run
+
+    return decorate
+
+
+def _option(name: str) -> inspect.Parameter:
+    entry = next(entry for entry in fields(Settings) if entry.name == name)
+    default = f" [default: {show(entry.default)}]" if show(entry.default) else ""
+    words = entry.metadata["words"][:1].upper() + entry.metadata["words"][1:]
+    help_text = f"{words}.{default} ({environment_name(name)})"
+    option = typer.Option(flag_name(name), metavar="VALUE", help=help_text)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
+    )
+
+
+_RUN_SETTINGS = tuple(
+    entry.name for entry in fields(Settings) if not entry.metadata["secret"] and entry.name not in ("job", "when_done")
+)
+
+
+@app.command()
+@_with_settings(*_RUN_SETTINGS, "when_done")
+def run(
+    configuration: Configuration,
+    job: Annotated[
+        Path | None, typer.Option("--job", metavar="FILE", help="One job, from a file: the source once.")
+    ] = None,
+    program: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+) -> None:
+    """Take jobs and run them, until told to stop."""
+    from heeler.run import run_worker  # noqa: PLC0415 - imports what only a worker needs
+
+    if program:
+        raise UsageError("a program after -- (app mode) is not supported by this version yet: jobs name their command")
+    run_worker(configuration, job)
+
+
+@app.command()
+@_with_settings("source")
+def submit(
+    configuration: Configuration,
+    file: Annotated[str, typer.Argument(metavar="FILE|-", help="A job document, a list of them, or one a line.")],
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Return when all have ended; exit code 1 if one failed.")
+    ] = False,
+) -> None:
+    """Put jobs into the queue and print their ids, one a line."""
+    from heeler import desk  # noqa: PLC0415
+
+    raise typer.Exit(desk.submit(configuration.settings.source, file, wait=wait))
+
+
+jobs_app = typer.Typer(
+    invoke_without_command=True, help="List the jobs of the queue.", rich_markup_mode=None, no_args_is_help=False
+)
+app.add_typer(jobs_app, name="jobs")
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@jobs_app.callback()
+@_with_settings("source")
+def jobs(configuration: Configuration, context: typer.Context, json: _Json = False) -> None:
+    """List the jobs of the queue, oldest first."""
+    from heeler import desk  # noqa: PLC0415
+
+    context.obj = configuration
+    if context.invoked_subcommand is None:
+        desk.print_jobs(configuration.settings.source, as_json=json)
+
+
+@jobs_app.command("show")
+def jobs_show(
+    context: typer.Context, job_id: Annotated[str, typer.Argument(metavar="ID")], json: _Json = False
+) -> None:
+    """Show one job."""
+    from heeler import desk  # noqa: PLC0415
+
+    desk.print_job(context.obj.settings.source, job_id, as_json=json)
+
+
+@app.command()
+@_with_settings("source")
+def cancel(configuration: Configuration, job_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
+    """Cancel a job; a running one stops at its next heartbeat."""
+    from heeler import desk  # noqa: PLC0415
+
+    desk.cancel(configuration.settings.source, job_id)
+
+
+@app.command()
+@_with_settings("source", "state_dir", "control")
+def status(configuration: Configuration, json: _Json = False) -> None:
+    """Show what the runtime on this machine is doing, and the queue if one is named."""
+    from heeler import desk  # noqa: PLC0415
+
+    desk.print_status(configuration.settings, as_json=json)
+
+
+@app.command("config")
+@_with_settings(*(entry.name for entry in fields(Settings) if entry.name != "job"))
+def show_config(configuration: Configuration, json: _Json = False) -> None:
+    """Print every setting with its origin, secrets masked."""
+    from heeler import desk  # noqa: PLC0415
+
+    desk.print_config(configuration, as_json=json)
+
+
+@app.command()
+def demo(
+    seconds: Annotated[float, typer.Option("--seconds", min=2, max=60, help="How long the job computes.")] = 8.0,
+) -> None:
+    """Run a job, kill its worker midway, start another, and show that the result is the same."""
+    from heeler.local.demo import run_demo  # noqa: PLC0415
+
+    raise typer.Exit(run_demo(seconds))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"heeler {__version__}")
+
+
+def run_cli() -> None:
+    """Run the command that the arguments name and exit; every error of the user's is one line."""
+    if sys.argv[1:2] != ["run"]:
+        signals.release()
+    if not sys.argv[1:]:
+        sys.argv.append("--help")
+    try:
+        code = app(standalone_mode=False)
+    except HeelerError as error:
+        _fail(str(error), error.exit_code)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
+    except Exception as error:
+        # click's errors, which typer carries under a private name since 0.2x and click's own before.
+        if not hasattr(error, "format_message"):
+            raise
+        if message := error.format_message():
+            _fail(f"{message.rstrip('.')}; see heeler --help", EXIT_USAGE)
+        sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"heeler: {message}\n")
+    sys.exit(code)

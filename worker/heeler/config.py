@@ -1,0 +1,310 @@
+"""Settings: flags before environment before file before defaults, each value with its origin.
+
+A setting is declared once, as a field of `Settings`; flags, environment names, the file's keys, `heeler config`
+and README's table all follow from it. Names of other workers are honoured as aliases (PROTOCOLS.md).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from heeler.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PREFIX = "HEELER_"
+MASK = "********"
+
+_NOT_SETTINGS = {
+    "HEELER_CONFIG",
+    # What we tell the program: a heeler started by a job of another must not stumble over them.
+    *(f"HEELER_{name}" for name in ("JOB_ID", "ATTEMPT", "INPUT_DIR", "CHECKPOINT_DIR", "OUTPUT_DIR", "PROCESS_TAG")),
+}
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _seconds(value: str) -> float:
+    number = float(value)
+    if not 0 <= number < float("inf"):
+        raise ValueError
+    return number
+
+
+def _milliseconds(value: str) -> float:
+    return _seconds(value) / 1000
+
+
+def _count(value: str) -> int:
+    number = int(value)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _flag(value: str) -> bool:
+    return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[value.lower()]
+
+
+def _codes(value: str) -> frozenset[int]:
+    codes = frozenset(int(part) for part in value.split(",") if part.strip())
+    if not all(1 <= code <= 255 for code in codes):
+        raise ValueError
+    return codes
+
+
+def _choice(*choices: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in choices:
+            raise ValueError
+        return value
+
+    parse.__doc__ = " or ".join(choices)
+    return parse
+
+
+_text.__doc__ = "a text"
+_seconds.__doc__ = "a number of seconds, 0 or more"
+_milliseconds.__doc__ = "a number of milliseconds, 0 or more"
+_count.__doc__ = "a whole number, 1 or more"
+_flag.__doc__ = "true or false"
+_codes.__doc__ = "exit codes from 1 to 255, separated by commas"
+
+Alias = tuple[str, Callable[[str], Any] | None]
+
+
+def _default_state_dir() -> str:
+    if os.geteuid() == 0:
+        return "/var/lib/heeler"
+    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return str(Path(base).expanduser() / "heeler")
+
+
+def _setting(
+    default: Any,
+    words: str,
+    parse: Callable[[str], Any] = _text,
+    *,
+    aliases: tuple[str | Alias, ...] = (),
+    secret: bool = False,
+) -> Any:
+    pairs = tuple((alias, None) if isinstance(alias, str) else alias for alias in aliases)
+    return field(
+        default=default,
+        repr=not secret,
+        metadata={"words": words, "parse": parse, "aliases": pairs, "secret": secret},
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings. Times are in seconds."""
+
+    source: str | None = _setting(None, "where jobs come from: local:FOLDER or once")
+    job: str | None = _setting(None, "the job document of the source once (JSON)")
+    max_jobs: int | None = _setting(None, "end after so many jobs", _count)
+    exit_when_idle: float | None = _setting(None, "end after so many seconds without a job", _seconds)
+    when_done: str = _setting("exit", "what to do when the work is done: exit, or stay idle", _choice("exit", "idle"))
+    stop_grace: float = _setting(30.0, "from SIGTERM to our exit", _seconds)
+    retry_exit_codes: frozenset[int] = _setting(
+        frozenset({75}), "exit codes of a program that mean: again, not counted", _codes
+    )
+    scrub_env: bool = _setting(False, "take all credentials out of the program's environment", _flag)
+    retry_delay: float = _setting(2.0, "rest before a failed job's second attempt; it doubles, up to 300", _seconds)
+    state_dir: str = _setting("", "folder for what has to outlive this process")
+    control: str = _setting("127.0.0.1:8642", "loopback address of the control API, or off; port 0 takes a free one")
+    startup_timeout: float = _setting(60.0, "how long storage may be out of reach at the start", _seconds)
+    log_format: str = _setting("auto", "auto (text on a terminal), json or text", _choice("auto", "json", "text"))
+    inputs: str | None = _setting(None, "s3://bucket/prefix/ downloaded before jobs that name no sync of their own")
+    checkpoints: str | None = _setting(None, "s3://bucket/prefix/ restored before and mirrored during such jobs")
+    outputs: str | None = _setting(None, "s3://bucket/prefix/ uploaded after such jobs")
+    input_dir: str = _setting("/input", "the folder of inputs", aliases=("INPUT_DIR",))
+    checkpoint_dir: str = _setting("/checkpoint", "the folder of checkpoints", aliases=("CHECKPOINT_DIR",))
+    output_dir: str = _setting("/output", "the folder of outputs", aliases=("OUTPUT_DIR",))
+    debounce: float = _setting(
+        0.05,
+        "quiet after which a closed file is uploaded",
+        _seconds,
+        aliases=(("FILE_WATCHER_DEBOUNCE_MS", _milliseconds),),
+    )
+    open_wait: float = _setting(
+        5.0,
+        "quiet after which a file that stays open is uploaded",
+        _seconds,
+        aliases=(("FILE_WATCHER_STABILITY_CHECK_MS", _milliseconds),),
+    )
+    max_wait: float = _setting(
+        300.0,
+        "warn of a file that has not settled for so long",
+        _seconds,
+        aliases=(("FILE_WATCHER_MAX_WAIT_MS", _milliseconds),),
+    )
+    restore_patience: float = _setting(600.0, "without progress, before a restore is left to another worker", _seconds)
+    s3_endpoint: str | None = _setting(
+        None,
+        "URL of the storage; AWS if unset",
+        aliases=("AWS_ENDPOINT_URL_S3", "R2_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL"),
+    )
+    s3_region: str | None = _setting(None, "region to sign for", aliases=("AWS_REGION", "AWS_DEFAULT_REGION"))
+    s3_provider: str | None = _setting(
+        None, "r2, aws, s3 or rclone; guessed from the endpoint", _choice("r2", "aws", "s3", "rclone")
+    )
+    s3_access_key_id: str | None = _setting(
+        None, "access key", aliases=("R2_AWS_ACCESS_KEY_ID", "AWS_ACCESS_KEY_ID"), secret=True
+    )
+    s3_secret_access_key: str | None = _setting(
+        None, "secret key", aliases=("R2_AWS_SECRET_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY"), secret=True
+    )
+    s3_session_token: str | None = _setting(
+        None, "token of temporary credentials", aliases=("AWS_SESSION_TOKEN",), secret=True
+    )
+    s3_timeout: float = _setting(30.0, "without a byte, before a storage request counts as broken", _seconds)
+
+    @property
+    def state_path(self) -> Path:
+        """`state_dir` as an absolute path."""
+        return Path(self.state_dir).absolute()
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """The settings and where each came from ("flag --x", "environment X", "file F", "default")."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+    def table(self) -> Iterator[tuple[str, str, str]]:
+        """Name, value with secrets masked, and origin of every setting."""
+        for entry in fields(Settings):
+            value = getattr(self.settings, entry.name)
+            shown = MASK if entry.metadata["secret"] and value is not None else show(value)
+            yield entry.name, shown, self.origins[entry.name]
+
+    def secrets(self) -> set[str]:
+        """The values that must never be seen."""
+        values = (getattr(self.settings, entry.name) for entry in fields(Settings) if entry.metadata["secret"])
+        return {value for value in values if value}
+
+
+def show(value: object) -> str:
+    """A value as a person would write it."""
+    if value is None:
+        return ""
+    if isinstance(value, frozenset):
+        return ",".join(str(code) for code in sorted(value))
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def secret_names() -> set[str]:
+    """All names of environment variables that hold credentials."""
+    names = {"SALAD_API_KEY", "KELPIE_API_KEY", "SQS_AWS_ACCESS_KEY_ID", "SQS_AWS_SECRET_ACCESS_KEY"}
+    for entry in fields(Settings):
+        if entry.metadata["secret"]:
+            names |= {environment_name(entry.name), *(alias for alias, _ in entry.metadata["aliases"])}
+    return names
+
+
+def environment_name(name: str) -> str:
+    """The environment's name of a setting."""
+    return PREFIX + name.upper()
+
+
+def flag_name(name: str) -> str:
+    """The command line's name of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def load(flags: Mapping[str, str], environ: Mapping[str, str], file: Path | None = None) -> Configuration:
+    """Gather all settings.
+
+    Args:
+        flags: By setting's name, as typed; only those given.
+        environ: The environment.
+        file: The file to read; None looks for HEELER_CONFIG, then for heeler.toml in the working directory.
+
+    Raises:
+        UsageError: A name is unknown or a value is not of its kind; both are named.
+    """
+    _refuse_unknown_environment(environ)
+    path, content = _read_file(file, environ)
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for entry in fields(Settings):
+        values[entry.name], origins[entry.name] = _resolve(entry, flags, environ, path, content)
+    if not values["state_dir"]:
+        values["state_dir"] = _default_state_dir()
+    return Configuration(Settings(**values), origins)
+
+
+def _resolve(
+    entry: Field[Any],
+    flags: Mapping[str, str],
+    environ: Mapping[str, str],
+    path: Path | None,
+    content: Mapping[str, Any],
+) -> tuple[Any, str]:
+    name, parse = entry.name, entry.metadata["parse"]
+    if name in flags:
+        return _parsed(parse, flags[name], flag_name(name)), f"flag {flag_name(name)}"
+    for known, own_parse in ((environment_name(name), None), *entry.metadata["aliases"]):
+        if environ.get(known):
+            return _parsed(own_parse or parse, environ[known], known), f"environment {known}"
+    if name in content:
+        return _parsed(parse, _as_text(content[name]), f"{path}: {name}"), f"file {path}"
+    return entry.default, "default"
+
+
+def _parsed(parse: Callable[[str], Any], value: str, where: str) -> Any:
+    try:
+        return parse(value)
+    except (ValueError, KeyError):
+        raise UsageError(f"{where} is {value!r}, but must be {parse.__doc__}") from None
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, list):
+        return ",".join(str(part) for part in value)
+    return show(value)
+
+
+def _refuse_unknown_environment(environ: Mapping[str, str]) -> None:
+    known = {environment_name(entry.name) for entry in fields(Settings)} | _NOT_SETTINGS
+    for name in environ:
+        if name.startswith(PREFIX) and name not in known:
+            raise UsageError(f"{name} is no setting of heeler{_nearest(name, known)}")
+
+
+def _read_file(file: Path | None, environ: Mapping[str, str]) -> tuple[Path | None, Mapping[str, Any]]:
+    named = file or (Path(environ["HEELER_CONFIG"]) if environ.get("HEELER_CONFIG") else None)
+    path = named or Path("heeler.toml")
+    if named is None and not path.exists():
+        return None, {}
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is not TOML: {error}") from None
+    known = {entry.name for entry in fields(Settings)}
+    for name in content:
+        if name not in known:
+            raise UsageError(f"{path}: {name} is no setting of heeler{_nearest(name, known)}")
+    return path, content
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else "; `heeler config` lists them all"

@@ -1,0 +1,1 @@
+"""The control API: loopback only, for people, probes and metrics."""

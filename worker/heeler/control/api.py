@@ -1,0 +1,58 @@
+"""The control API's routes: what a runtime tells about itself, and the one thing it can be told (drain).
+
+Only a loopback name in the Host header is answered, so that a web page in somebody's browser can't talk to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+
+from heeler.control.metrics import render
+from heeler.drain import Drain
+from heeler.status import Phase, Status
+
+_LOOPBACK_NAMES = {"127.0.0.1", "localhost", "::1"}
+
+
+def create_app(status: Status, drain: Drain) -> FastAPI:
+    """The API of one runtime."""
+    app = FastAPI(title="heeler", openapi_url=None, docs_url=None, redoc_url=None)
+
+    @app.middleware("http")
+    async def refuse_other_hosts(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        if request.url.hostname not in _LOOPBACK_NAMES or "origin" in request.headers:
+            return PlainTextResponse("this API answers programs on this machine only\n", 403)
+        return await answer(request)
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        """200 while the runtime lives."""
+        return PlainTextResponse("ok\n")
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        """200 while the runtime takes jobs, 503 before and while it drains."""
+        ready = not drain.requested.is_set() and status.phase not in (Phase.START, Phase.END)
+        return PlainTextResponse("ready\n" if ready else "not ready\n", 200 if ready else 503)
+
+    @app.get("/v1/status")
+    async def show() -> Any:
+        """All that the runtime knows of itself."""
+        return status.snapshot()
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(render(status), media_type="text/plain; version=0.0.4")
+
+    @app.post("/v1/drain")
+    async def begin_drain() -> Response:
+        """As SIGTERM: stop taking jobs, stop the program, flush, hand the job back, exit."""
+        first = drain.begin("asked by the control API")
+        return JSONResponse({"draining": True, "first": first}, 202)
+
+    return app

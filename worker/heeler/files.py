@@ -1,0 +1,172 @@
+"""A job's folders: which they are, by its document and our settings, and the session that keeps them in storage.
+
+The one room that knows both jobs and `heeler_sync`; sources and app know neither it nor each other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from heeler.config import Settings
+from heeler.job import InvalidJobError, Job, JobDocument, SyncEntry, SyncSpec
+from heeler_sync.errors import BadLocationError
+from heeler_sync.events import EventSink
+from heeler_sync.paths import location
+from heeler_sync.sender import Permit
+from heeler_sync.session import Capture, Plan, Session, SyncFolder
+from heeler_sync.settle import SettleTimes
+from heeler_sync.store.base import ObjectStore
+
+_JOB_ID = "{job_id}"
+_LEAST_RESERVE = 3.0
+_ASSUMED_UPLINK = 2 << 20
+"""Bytes a second, until we have measured it: a modest home connection."""
+
+_FORBIDDEN = {Path(name) for name in ("/", "/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/lib64", "/opt")} | {
+    Path(name)
+    for name in ("/proc", "/root", "/run", "/sbin", "/srv", "/sys", "/tmp", "/usr", "/var", "/var/lib")  # noqa: S108
+}
+
+
+@dataclass(frozen=True)
+class JobFilesSettings:
+    """What a job's folders depend on besides the job.
+
+    Attributes:
+        settings: Ours.
+        stores: Gives the store of a bucket.
+        on_event: Told of what happens to files.
+        base: Relative local paths start here.
+    """
+
+    settings: Settings
+    stores: Callable[[str], ObjectStore]
+    on_event: EventSink
+    base: Path = field(default_factory=Path.cwd)
+
+
+class JobFiles:
+    """The folders of one attempt. Implements `heeler.forwarder.Files`."""
+
+    def __init__(self, job: Job, permit: Permit, context: JobFilesSettings) -> None:
+        """Work out the folders; nothing is touched yet.
+
+        Raises:
+            InvalidJobError: The message is no job document, or a folder or prefix in it can't be used.
+        """
+        document = job.document()
+        settings = context.settings
+        plan = _plan(job.id, document, context)
+        self.environment = _environment(plan, settings)
+        self._session = Session(
+            plan,
+            context.stores,
+            permit=permit,
+            on_event=context.on_event,
+            times=SettleTimes(settings.debounce, settings.open_wait, settings.max_wait),
+            patience=settings.restore_patience,
+        )
+
+    async def restore(self) -> None:
+        """As `Files.restore`."""
+        await self._session.restore()
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        """As `Files.watching`."""
+        async with self._session.watching():
+            yield
+
+    async def flush(self, *, whole: bool) -> None:
+        """As `Files.flush`."""
+        await self._session.flush(Capture(whole=whole))
+
+    async def publish(self) -> None:
+        """As `Files.publish`."""
+        await self._session.publish()
+
+    async def discard(self) -> None:
+        """As `Files.discard`."""
+        await self._session.discard()
+
+    async def reserve(self) -> float:
+        """As `Files.reserve`: what is unsent, and one more of the largest file, at the measured uplink."""
+        unsent = await self._session.unsent()
+        uplink = self._session.progress.uplink() or _ASSUMED_UPLINK
+        return _LEAST_RESERVE + (unsent.bytes + self._session.largest()) / uplink
+
+    def durable(self) -> int:
+        """As `Files.durable`."""
+        return self._session.progress.files_up
+
+
+def _plan(job_id: str, document: JobDocument, context: JobFilesSettings) -> Plan:
+    spec = document.sync
+    if spec == SyncSpec():
+        spec = default_sync(context.settings)
+    return Plan(
+        before=_folders("before", spec.before, job_id, context),
+        during=_folders("during", spec.during, job_id, context),
+        after=_folders("after", spec.after, job_id, context),
+    )
+
+
+def default_sync(settings: Settings) -> SyncSpec:
+    """The sync of jobs that name none: HEELER_INPUTS, HEELER_CHECKPOINTS and HEELER_OUTPUTS.
+
+    Raises:
+        InvalidJobError: One of them is no s3://bucket/prefix/.
+    """
+
+    def entries(url: str | None, folder: str, name: str) -> tuple[SyncEntry, ...]:
+        if url is None:
+            return ()
+        found = re.fullmatch(r"s3://([^/]+)/?(.*)", url)
+        if found is None:
+            raise InvalidJobError(name, f"{url!r} is not of the form s3://bucket/prefix/")
+        return (SyncEntry(bucket=found[1], prefix=found[2], local_path=folder),)
+
+    inputs = entries(settings.inputs, settings.input_dir, "HEELER_INPUTS")
+    checkpoints = entries(settings.checkpoints, settings.checkpoint_dir, "HEELER_CHECKPOINTS")
+    outputs = entries(settings.outputs, settings.output_dir, "HEELER_OUTPUTS")
+    return SyncSpec(before=(*inputs, *checkpoints), during=checkpoints, after=outputs)
+
+
+def _folders(
+    part: str, entries: tuple[SyncEntry, ...], job_id: str, context: JobFilesSettings
+) -> tuple[SyncFolder, ...]:
+    return tuple(_folder(f"sync.{part}.{index}", entry, job_id, context) for index, entry in enumerate(entries))
+
+
+def _folder(where: str, entry: SyncEntry, job_id: str, context: JobFilesSettings) -> SyncFolder:
+    try:
+        place = location(entry.bucket, entry.prefix.replace(_JOB_ID, job_id))
+    except BadLocationError as error:
+        raise InvalidJobError(f"{where}.prefix", str(error)) from None
+    path = Path(context.base, entry.local_path.replace(_JOB_ID, job_id))
+    if ".." in path.parts:
+        raise InvalidJobError(f"{where}.local_path", f"{entry.local_path!r} contains '..'")
+    path = Path(path.resolve())
+    state = context.settings.state_path
+    if path in _FORBIDDEN or context.base.is_relative_to(path) or state.is_relative_to(path):
+        raise InvalidJobError(
+            f"{where}.local_path",
+            f"{path} can't be a job's folder: what else is in it would be moved aside; name a folder of its own",
+        )
+    return SyncFolder(place, path, re.compile(entry.pattern) if entry.pattern else None)
+
+
+def _environment(plan: Plan, settings: Settings) -> Mapping[str, str]:
+    """INPUT_DIR and its kin: the first folder of each part, else the folder of the settings."""
+    during = {folder.path for folder in plan.during}
+    inputs = [folder.path for folder in plan.before if folder.path not in during]
+    folders = {
+        "INPUT_DIR": next(iter(inputs), Path(settings.input_dir)),
+        "CHECKPOINT_DIR": next((folder.path for folder in plan.during), Path(settings.checkpoint_dir)),
+        "OUTPUT_DIR": next((folder.path for folder in plan.after), Path(settings.output_dir)),
+    }
+    return {prefix + name: str(path) for name, path in folders.items() for prefix in ("", "HEELER_")}

@@ -1,0 +1,295 @@
+"""The loop: receive, restore, deliver, flush, settle. It knows protocols only; the supervisor wires them.
+
+One job at a time. While a job is ours, a keeper extends its lease; when the lease ends, whatever is going on is
+cancelled and nothing more is changed or reported. Nothing is reported done before its files are durable.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
+
+import anyio
+
+from heeler.app.base import Assignment, Delivery
+from heeler.drain import Drain
+from heeler.job import Ending, InvalidJobError, Job, Outcome
+from heeler.lease import LeaseKeeper
+from heeler.sources.base import Lease, LeaseLostError, LeaseState, Source, SourceUnavailableError
+from heeler.status import Phase, Status
+from heeler.tasks import background
+from heeler_sync.errors import LocalFileError, PermanentStoreError, SyncError, UnsafeKeyError
+
+_RECEIVE_SECONDS = 20.0
+_SETTLE_RETRY = (0.2, 5.0)
+_RELEASE_DELAY = 5.0
+_LONGEST_DELAY = 300.0
+
+
+class Files(Protocol):
+    """A job's folders. Every method raises `SyncError`."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What the program is told of them."""
+        ...
+
+    async def restore(self) -> None:
+        """Bring them to what storage holds."""
+        ...
+
+    def watching(self) -> AbstractAsyncContextManager[None]:
+        """Mirror what the program writes while the block runs."""
+        ...
+
+    async def flush(self, *, whole: bool) -> None:
+        """Inside `watching`, after the program's end: make durable what may be."""
+        ...
+
+    async def publish(self) -> None:
+        """Make the outputs durable."""
+        ...
+
+    async def discard(self) -> None:
+        """The job is done: remove from disk what is in storage."""
+        ...
+
+    async def reserve(self) -> float:
+        """Seconds that a flush would take now."""
+        ...
+
+    def durable(self) -> int:
+        """How much has become durable so far; it only grows."""
+        ...
+
+
+OpenFiles = Callable[[Job, LeaseKeeper], Files]
+"""Makes a job's folders; the keeper is the permit to change storage. Raises `InvalidJobError`."""
+
+
+class Forwarder:
+    """Takes jobs until it is told to stop, or until its limits say so."""
+
+    def __init__(
+        self,
+        source: Source,
+        delivery: Delivery,
+        open_files: OpenFiles,
+        drain: Drain,
+        status: Status,
+        *,
+        rng: random.Random,
+        retry_delay: float = 2.0,
+        max_jobs: int | None = None,
+        exit_when_idle: float | None = None,
+    ) -> None:
+        """Args.
+
+        source: Where jobs come from.
+        delivery: How they reach the program.
+        open_files: Makes a job's folders.
+        drain: Tells when to stop.
+        status: Told of all that happens.
+        rng: Where jitter comes from.
+        retry_delay: Seconds before a failed job's second attempt; doubles with each.
+        max_jobs: Stop after so many jobs.
+        exit_when_idle: Stop after so many seconds without a job.
+        """
+        self._source = source
+        self._delivery = delivery
+        self._open_files = open_files
+        self._drain = drain
+        self._status = status
+        self._rng = rng
+        self._retry_delay = retry_delay
+        self._max_jobs = max_jobs
+        self._exit_when_idle = exit_when_idle
+
+    async def run(self) -> None:
+        """Take and handle jobs one after another; returns in a drain, at `max_jobs`, when idle or exhausted."""
+        handled = 0
+        while self._max_jobs is None or handled < self._max_jobs:
+            lease = await self._receive()
+            if lease is None:
+                return
+            ending = await self._handle(lease)
+            handled += ending.outcome not in (Outcome.RELEASE, Outcome.LOST)
+
+    async def _receive(self) -> Lease | None:
+        """The next lease; None when there is to be no other."""
+        self._status.enter(Phase.RECEIVE)
+        idle_until = None if self._exit_when_idle is None else anyio.current_time() + self._exit_when_idle
+        backoff = _Doubling(*_SETTLE_RETRY, self._rng)
+        while not self._drain.requested.is_set():
+            wait = _RECEIVE_SECONDS
+            if idle_until is not None:
+                wait = min(wait, max(0.0, idle_until - anyio.current_time()))
+            try:
+                lease = await self._receive_once(wait)
+            except SourceUnavailableError as error:
+                delay = backoff.next()
+                self._status.fault("queue_unreachable", error=str(error), retry_in=round(delay, 3))
+                with anyio.move_on_after(delay):
+                    await self._drain.requested.wait()
+                continue
+            if lease is not None:
+                return lease
+            if self._source.verdict() is not None:
+                return None
+            if idle_until is not None and anyio.current_time() >= idle_until:
+                self._status.event("idle", seconds=self._exit_when_idle)
+                return None
+            backoff.reset()
+        return None
+
+    async def _receive_once(self, wait: float) -> Lease | None:
+        """One call, ended by a drain. A lease that was taken all the same is returned and then handled as drained."""
+        lease = None
+        with anyio.CancelScope() as scope:
+            async with background(partial(_cancel_after, self._drain.requested.wait, scope)):
+                lease = await self._source.receive(wait=wait)
+        return lease
+
+    async def _handle(self, lease: Lease) -> Ending:
+        """One attempt from the lease to the queue's answer."""
+        self._status.take(lease.job.id, lease.attempt)
+        keeper = LeaseKeeper(lease, self._keeper_event, rng=self._rng)
+        files = None
+        async with background(keeper.keep):
+            try:
+                files = self._open_files(lease.job, keeper)
+            except InvalidJobError as error:
+                ending = Ending(Outcome.FAIL, str(error))
+            else:
+                keeper.durable = files.durable
+                ending = await self._attempt(lease, keeper, files)
+            told = await self._settle(lease, keeper, ending)
+        if files is not None and told and ending.outcome is Outcome.DONE:
+            await files.discard()
+        self._status.drop()
+        return ending
+
+    def _keeper_event(self, name: str, fields: dict[str, object]) -> None:
+        self._status.fault(name, **fields)
+
+    async def _attempt(self, lease: Lease, keeper: LeaseKeeper, files: Files) -> Ending:
+        """Work until the attempt ends, the lease ends, or the drain leaves just enough time to tell the queue."""
+        ending = None
+        with anyio.CancelScope() as scope:
+            async with background(
+                partial(_cancel_after, keeper.ended.wait, scope),
+                partial(_cancel_after, self._drain.nearly_over, scope),
+            ):
+                ending = await self._work(lease, files)
+        if keeper.state is LeaseState.CANCELLED:
+            return Ending(Outcome.CANCELLED, "cancelled")
+        if keeper.state is LeaseState.LOST:
+            return Ending(Outcome.LOST, "another worker has it")
+        if ending is None:
+            self._status.fault("grace_over", unsent_seconds=round(await files.reserve(), 1))
+        return ending or Ending(Outcome.RELEASE, "the grace period was over before all was sent")
+
+    async def _work(self, lease: Lease, files: Files) -> Ending:
+        try:
+            if not await self._restore(files):
+                return Ending(Outcome.RELEASE, "the worker was told to stop")
+        except SyncError as error:
+            return self._restore_failed(error)
+        try:
+            ending = await self._run(lease, files)
+            if ending.outcome is Outcome.DONE:
+                await files.publish()
+        except SyncError as error:
+            self._status.fault("upload_failed", error=str(error))
+            return Ending(Outcome.RETRY, f"its files can't be stored: {error}")
+        return ending
+
+    async def _restore(self, files: Files) -> bool:
+        """Whether the folders are ready; a drain ends it early, since nothing is lost by that."""
+        self._status.enter(Phase.RESTORE)
+        ready = False
+        with anyio.CancelScope() as scope:
+            async with background(partial(_cancel_after, self._drain.requested.wait, scope)):
+                await files.restore()
+                ready = True
+        return ready and not self._drain.requested.is_set()
+
+    def _restore_failed(self, error: SyncError) -> Ending:
+        """Never "start from zero": the job's own fault fails it, the machine's sends it elsewhere."""
+        self._status.fault("restore_failed", error=str(error))
+        if isinstance(error, UnsafeKeyError):
+            return Ending(Outcome.FAIL, str(error))
+        if isinstance(error, LocalFileError) or not isinstance(error, PermanentStoreError):
+            return Ending(Outcome.RELEASE, f"its files can't be restored here: {error}", delay=_RELEASE_DELAY)
+        return Ending(Outcome.RETRY, f"its files can't be restored: {error}")
+
+    async def _run(self, lease: Lease, files: Files) -> Ending:
+        async with files.watching():
+            self._status.enter(Phase.RUN)
+            assignment = Assignment(lease.job, lease.attempt, files.environment, files.reserve)
+            ending = await self._delivery.deliver(assignment, self._drain)
+            self._status.enter(Phase.UPLOAD)
+            await files.flush(whole=ending.whole)
+        return ending
+
+    async def _settle(self, lease: Lease, keeper: LeaseKeeper, ending: Ending) -> bool:
+        """Tell the queue, as often as it takes while the job is ours and our time is not over; whether it knows."""
+        self._status.enter(Phase.SETTLE)
+        if ending.outcome is Outcome.RETRY:
+            delay = min(_LONGEST_DELAY, self._retry_delay * 2.0 ** min(lease.attempt - 1, 20))
+            ending = replace(ending, delay=delay * self._rng.uniform(0.5, 1.0))
+        told = ending.outcome in (Outcome.LOST, Outcome.CANCELLED)
+        backoff = _Doubling(*_SETTLE_RETRY, self._rng)
+        with anyio.CancelScope() as scope:
+            async with background(
+                partial(_cancel_after, keeper.ended.wait, scope), partial(_cancel_after, self._drain.over, scope)
+            ):
+                while not told:
+                    told = await self._tell(lease, ending)
+                    if not told:
+                        await anyio.sleep(backoff.next())
+        self._status.settled(ending, told=told)
+        return told
+
+    async def _tell(self, lease: Lease, ending: Ending) -> bool:
+        try:
+            if ending.outcome is Outcome.DONE:
+                await lease.complete(ending.result)
+            elif ending.outcome is Outcome.RETRY:
+                await lease.retry(ending.reason, result=ending.result, delay=ending.delay)
+            elif ending.outcome is Outcome.FAIL:
+                await lease.fail(ending.reason, result=ending.result)
+            else:
+                await lease.release(delay=ending.delay)
+        except LeaseLostError as error:
+            self._status.fault("lease_lost", error=str(error))
+        except SourceUnavailableError as error:
+            self._status.fault("queue_unreachable", error=str(error))
+            return False
+        return True
+
+
+class _Doubling:
+    """Delays that double from `first` to `longest`, with jitter."""
+
+    def __init__(self, first: float, longest: float, rng: random.Random) -> None:
+        self._first = first
+        self._longest = longest
+        self._rng = rng
+        self._next = first
+
+    def next(self) -> float:
+        delay, self._next = self._next, min(self._longest, self._next * 2)
+        return delay * self._rng.uniform(0.5, 1.0)
+
+    def reset(self) -> None:
+        self._next = self._first
+
+
+async def _cancel_after(happens: Callable[[], Awaitable[object]], scope: anyio.CancelScope) -> None:
+    await happens()
+    scope.cancel()

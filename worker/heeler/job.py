@@ -1,0 +1,237 @@
+"""Jobs and what becomes of them: the words that every other room speaks. No I/O here.
+
+A job arrives as bytes. In command mode they must be a job document (JSON, a superset of Kelpie's; DESIGN 4); in app
+mode they go to the program as they are.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@=+-]{0,199}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+class InvalidJobError(ValueError):
+    """A message is no job that can be run, and never will be.
+
+    Attributes:
+        field: Where in the document, as a dotted path; "document" for the whole.
+        reason: What is wrong and what would be right.
+    """
+
+    def __init__(self, field: str, reason: str) -> None:
+        self.field = field
+        self.reason = reason
+        super().__init__(f"{field}: {reason}")
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _without_nul(value: object) -> object:
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("contains a NUL character")
+    return value
+
+
+_Text = Annotated[str, BeforeValidator(_without_nul)]
+
+
+class SyncEntry(_Model):
+    """One folder of a job and its place in storage (Kelpie's fields, and `mode`)."""
+
+    bucket: str = Field(min_length=3)
+    prefix: _Text
+    local_path: _Text = Field(min_length=1)
+    direction: Literal["download", "upload"] | None = None
+    pattern: str | None = None
+    mode: Literal["mirror"] = "mirror"
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"is no regular expression: {error}") from None
+        return value
+
+
+class SyncSpec(_Model):
+    """What is downloaded before, mirrored during and uploaded after the run."""
+
+    before: tuple[SyncEntry, ...] = ()
+    during: tuple[SyncEntry, ...] = ()
+    after: tuple[SyncEntry, ...] = ()
+
+    @model_validator(mode="after")
+    def _directions(self) -> SyncSpec:
+        for name, wanted in (("before", "download"), ("during", "upload"), ("after", "upload")):
+            for index, entry in enumerate(getattr(self, name)):
+                if entry.direction not in (None, wanted):
+                    raise ValueError(f"{name}.{index}.direction must be {wanted!r}, or be left out")
+        return self
+
+
+class JobDocument(_Model):
+    """A job that names its command."""
+
+    id: str | None = None
+    command: _Text = Field(min_length=1)
+    arguments: tuple[_Text, ...] = ()
+    environment: Mapping[str, _Text] = Field(default_factory=dict)
+    sync: SyncSpec = SyncSpec()
+    timeout: float | None = Field(default=None, gt=0)
+    max_failures: int = Field(default=3, ge=1)
+    heartbeat_interval: float | None = Field(default=None, gt=0)
+
+    @field_validator("id")
+    @classmethod
+    def _plain_id(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_job_id(value)
+        return value
+
+    @field_validator("environment")
+    @classmethod
+    def _names(cls, value: Mapping[str, str]) -> Mapping[str, str]:
+        for name in value:
+            if not _VARIABLE.fullmatch(name):
+                raise ValueError(f"{name!r} is no name of an environment variable")
+        return value
+
+
+_LATER = {
+    "compression": "gzipped objects are not supported yet; leave it out or set it to false",
+    "webhook": "webhooks are not supported yet; leave it out",
+    "result_key": "results in storage are not supported yet; leave it out",
+}
+
+
+def check_job_id(value: str) -> str:
+    """The id, if it can stand in keys and paths.
+
+    Raises:
+        ValueError: It can't.
+    """
+    if not _JOB_ID.fullmatch(value) or ".." in value:
+        raise ValueError(f"{value!r} can't be used: an id is 1 to 200 letters, digits and . _ : @ = + -")
+    return value
+
+
+def parse_document(body: bytes) -> JobDocument:
+    """The job document in a message.
+
+    Raises:
+        InvalidJobError: It is none; the first fault is named.
+    """
+    try:
+        data = json.loads(body)
+    except ValueError as error:
+        raise InvalidJobError("document", f"is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InvalidJobError("document", "is not a JSON object")
+    _refuse_what_comes_later(data)
+    try:
+        return JobDocument.model_validate(data)
+    except ValidationError as error:
+        raise _first_fault(error) from None
+
+
+def _refuse_what_comes_later(data: dict[str, Any]) -> None:
+    for name, words in _LATER.items():
+        if data.pop(name, None):
+            raise InvalidJobError(name, words)
+    sync = data.get("sync")
+    for part in sync.values() if isinstance(sync, dict) else ():
+        for entry in part if isinstance(part, list) else ():
+            if isinstance(entry, dict) and entry.get("mode") == "snapshot":
+                raise InvalidJobError("sync", "mode 'snapshot' is not supported yet; use 'mirror'")
+
+
+def _first_fault(error: ValidationError) -> InvalidJobError:
+    fault = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in fault["loc"]) or "document"
+    reason = {
+        "missing": "is missing",
+        "extra_forbidden": "is not a field of a job document",
+    }.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+    return InvalidJobError(where, reason[:1].lower() + reason[1:])
+
+
+@dataclass(frozen=True)
+class Job:
+    """One message of a queue.
+
+    Attributes:
+        id: Unique in its queue; safe in keys and paths.
+        body: The message as it came.
+    """
+
+    id: str
+    body: bytes
+
+    def document(self) -> JobDocument:
+        """The job document in it; raises `InvalidJobError`."""
+        return parse_document(self.body)
+
+
+class Outcome(enum.Enum):
+    """What becomes of a job after an attempt (DESIGN 4, table of outcomes)."""
+
+    DONE = "done"
+    RETRY = "retry"
+    """It failed; it is tried again, and the failure counts."""
+    FAIL = "fail"
+    """It failed for good."""
+    RELEASE = "release"
+    """It was interrupted; it is tried again, and nothing counts."""
+    LOST = "lost"
+    """Another worker has it: we change and report nothing."""
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a program left behind when it ended.
+
+    Attributes:
+        exit_code: Of a command that exited by itself.
+        signal: The number of the signal that killed it.
+    """
+
+    exit_code: int | None = None
+    signal: int | None = None
+
+    def as_json(self) -> dict[str, int | None]:
+        """As it is kept in queues and shown to people."""
+        return {"exit_code": self.exit_code, "signal": self.signal}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """An attempt's end, before the queue is told.
+
+    Attributes:
+        outcome: What becomes of the job.
+        reason: Why, for people; empty for success.
+        result: What the program left.
+        whole: Whether the folders may be captured as they are now, or only what had settled before.
+        delay: Seconds that the job should rest before the next attempt.
+    """
+
+    outcome: Outcome
+    reason: str = ""
+    result: Result = field(default_factory=Result)
+    whole: bool = False
+    delay: float = 0.0

@@ -1,0 +1,93 @@
+"""Log lines: events with fields, to standard error, as JSON or as text. Never a secret, never in anybody's way.
+
+Lines are written by a thread of their own: whoever reads our standard error may stop reading, and the heartbeats
+must not stop with them. Lines that don't fit the queue are counted and the count is logged.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import structlog
+
+_QUEUE_LINES = 10_000
+_CLOSE_SECONDS = 2.0
+
+
+class _Writer(threading.Thread):
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(name="heeler-log", daemon=True)
+        self._stream = stream
+        self._lines: queue.Queue[str | None] = queue.Queue(_QUEUE_LINES)
+        self._lost = 0
+
+    def put(self, line: str) -> None:
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._lost += 1
+
+    def run(self) -> None:
+        while (line := self._lines.get()) is not None:
+            try:
+                if self._lost:
+                    lost, self._lost = self._lost, 0
+                    self._stream.write(f'{{"event": "log_lines_lost", "lines": {lost}}}\n')
+                self._stream.write(line + "\n")
+                self._stream.flush()
+            except (OSError, ValueError):
+                return  # nobody can be told that nobody can be told
+
+    def close(self) -> None:
+        try:
+            self._lines.put(None, timeout=_CLOSE_SECONDS)
+        except queue.Full:
+            return
+        self.join(_CLOSE_SECONDS)
+
+
+class Logger:
+    """Renders events and hands them to the writer. Callable as `heeler.status.Log`."""
+
+    def __init__(self, writer: _Writer, render: structlog.typing.Processor, secrets: Iterable[str]) -> None:
+        self._writer = writer
+        self._render = render
+        self._secrets = sorted((secret for secret in secrets if len(secret) >= 4), key=len, reverse=True)
+        self._stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
+
+    def __call__(self, level: str, event: str, fields: dict[str, object]) -> None:
+        """Log one event."""
+        entry: dict[str, Any] = {"event": event, "level": level, **fields}
+        line = str(self._render(None, level, dict(self._stamp(None, level, entry))))
+        self._writer.put(self.masked(line))
+
+    def masked(self, text: str) -> str:
+        """The text without any of the secrets."""
+        for secret in self._secrets:
+            text = text.replace(secret, "********")
+        return text
+
+
+@contextmanager
+def logging_to(stream: TextIO, log_format: str, secrets: Iterable[str]) -> Iterator[Logger]:
+    """Log while the block runs; lines still waiting at its end are written, for two seconds at most.
+
+    Args:
+        stream: Where to.
+        log_format: "json", "text", or "auto": text on a terminal.
+        secrets: Values that are masked wherever they appear.
+    """
+    as_text = log_format == "text" or (log_format == "auto" and stream.isatty())
+    render: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer(colors=stream.isatty()) if as_text else structlog.processors.JSONRenderer()
+    )
+    writer = _Writer(stream)
+    writer.start()
+    try:
+        yield Logger(writer, render, secrets)
+    finally:
+        writer.close()

@@ -1,0 +1,52 @@
+"""`heeler run` as a process: logging, the event loop, and the exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+import anyio
+
+from heeler.config import Configuration
+from heeler.errors import EXIT_BUG, HeelerError, UsageError
+from heeler.log import Logger, logging_to
+from heeler.supervisor import supervise
+
+
+def run_worker(configuration: Configuration, job_file: Path | None) -> NoReturn:
+    """Run a worker and exit with its code.
+
+    Raises:
+        HeelerError: It can't start; the message says why.
+    """
+    if job_file is not None:
+        configuration = _with_job(configuration, job_file)
+    with logging_to(sys.stderr, configuration.settings.log_format, configuration.secrets()) as log:
+        code = _supervise(configuration, log)
+    sys.stdout.flush()
+    # A thread may hang in a request that storage never answers; the interpreter would wait for it.
+    os._exit(code)
+
+
+def _supervise(configuration: Configuration, log: Logger) -> int:
+    try:
+        return anyio.run(supervise, configuration, log)
+    except HeelerError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the last place that can say what happened
+        trace = "".join(traceback.format_exception(error))
+        log("error", "bug", {"error": f"{type(error).__name__}: {error}", "traceback": trace})
+        return EXIT_BUG
+
+
+def _with_job(configuration: Configuration, file: Path) -> Configuration:
+    try:
+        document = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"job file {file} can't be read: {getattr(error, 'strerror', None) or error}") from None
+    settings = replace(configuration.settings, job=document, source=configuration.settings.source or "once")
+    return replace(configuration, settings=settings)

@@ -1,0 +1,164 @@
+"""What a source of jobs is: the protocols that every queue implements, and what they speak of.
+
+One contract suite (`tests/contract/test_source.py`) runs against every implementation. A source never retries by
+itself for long and never decides what a job's end means.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from heeler.job import Job, Result
+
+
+class SourceUnavailableError(Exception):
+    """The queue did not answer, or not sensibly: the same call may succeed later."""
+
+
+class LeaseLostError(Exception):
+    """The job is no longer ours: another worker has it, or it was cancelled. Nothing was changed."""
+
+
+class LeaseState(enum.Enum):
+    """What the queue says when a lease is extended."""
+
+    HELD = "held"
+    LOST = "lost"
+    CANCELLED = "cancelled"
+
+
+class Lease(Protocol):
+    """The right to work on one job until it expires. It is settled at most once, by one of the last four calls.
+
+    Each of those raises `LeaseLostError` when the job is no longer ours, and `SourceUnavailableError` when it is
+    not known whether the call took effect; repeating it is safe.
+    """
+
+    @property
+    def job(self) -> Job:
+        """The job."""
+        ...
+
+    @property
+    def attempt(self) -> int:
+        """Which delivery of the job this is, from 1; counted before the program starts."""
+        ...
+
+    @property
+    def expires_after(self) -> float:
+        """Seconds from an extension to the lapse; infinite where a lease can't lapse."""
+        ...
+
+    async def extend(self, *, progressed: bool = False) -> LeaseState:
+        """Keep the lease, from now on for `expires_after`.
+
+        Args:
+            progressed: Whether something of the job became durable since the last call, so that a source which
+                counts fruitless attempts starts again.
+
+        Raises:
+            SourceUnavailableError: It is not known whether we hold it.
+        """
+        ...
+
+    async def complete(self, result: Result) -> None:
+        """The job is done; its outputs are durable."""
+        ...
+
+    async def retry(self, reason: str, *, result: Result, delay: float) -> None:
+        """The attempt failed and counts; to be delivered again after `delay` seconds, if it may fail again."""
+        ...
+
+    async def fail(self, reason: str, *, result: Result) -> None:
+        """The job can never succeed: set it aside with the reason."""
+        ...
+
+    async def release(self, *, delay: float = 0.0) -> None:
+        """The attempt was interrupted and does not count as a failure: to another worker, after `delay` seconds."""
+        ...
+
+
+class Source(Protocol):
+    """A queue, as a worker sees it."""
+
+    @property
+    def name(self) -> str:
+        """As the user wrote it, without secrets."""
+        ...
+
+    async def receive(self, *, wait: float) -> Lease | None:
+        """The next job, or None after about `wait` seconds without one.
+
+        Cancelled, it either raises or still returns the lease that it took; it never drops one.
+
+        Raises:
+            SourceUnavailableError: The queue is out of reach.
+        """
+        ...
+
+    def verdict(self) -> int | None:
+        """None while jobs may come; the exit code for our process once none can ever come again."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of connections and files."""
+        ...
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A job as a queue shows it to people.
+
+    Attributes:
+        id: The job.
+        state: pending, running, done, failed or cancelled.
+        attempts: Deliveries so far.
+        failures: Attempts that failed and counted.
+        interruptions: Attempts that ended without counting.
+        reason: Of the last failure or interruption.
+        worker: Who has it, or had it last.
+        created: When it was submitted, seconds since 1970.
+        finished: When it ended, or None.
+        result: What the program left, once it ended.
+    """
+
+    id: str
+    state: str
+    attempts: int
+    failures: int
+    interruptions: int
+    reason: str
+    worker: str
+    created: float
+    finished: float | None
+    result: dict[str, Any] | None
+
+
+class Desk(Protocol):
+    """A queue, as a person who submits and asks sees it. Blocking calls."""
+
+    def submit(self, documents: list[bytes]) -> list[str]:
+        """Add jobs, all or none, and return their ids.
+
+        Raises:
+            InvalidJobError: A document is none, or its id is taken.
+        """
+        ...
+
+    def jobs(self) -> list[JobRecord]:
+        """All jobs, oldest first."""
+        ...
+
+    def show(self, job_id: str) -> JobRecord | None:
+        """One job."""
+        ...
+
+    def cancel(self, job_id: str) -> bool:
+        """Cancel a job; whether it was still to be done or being done."""
+        ...
+
+    def close(self) -> None:
+        """Let go of connections and files."""
+        ...

@@ -1,0 +1,148 @@
+"""`local:PATH`: a queue in a folder, for one machine and any number of workers on it. No server is needed."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import anyio
+import anyio.to_thread
+
+from heeler.job import InvalidJobError, Job, JobDocument, Result, parse_document
+from heeler.sources.base import JobRecord, Lease, LeaseState
+from heeler.sources.local_table import JobTable, NewJob, Taken
+
+_POLL_SECONDS = 0.2
+_DEFAULT_LEASE_SECONDS = 30.0
+_HEARTBEATS_PER_LEASE = 3
+
+T = TypeVar("T")
+
+
+async def _in_thread(call: Callable[[], T]) -> T:
+    # Not abandoned when cancelled: what the call took or changed has to reach its caller.
+    return await anyio.to_thread.run_sync(call)
+
+
+class LocalLease:
+    """A row of the table that is ours."""
+
+    def __init__(self, table: JobTable, taken: Taken) -> None:
+        self._table = table
+        self._taken = taken
+
+    @property
+    def job(self) -> Job:
+        """The job."""
+        return self._taken.job
+
+    @property
+    def attempt(self) -> int:
+        """Which delivery this is."""
+        return self._taken.attempt
+
+    @property
+    def expires_after(self) -> float:
+        """Three times the job's `heartbeat_interval`, or 30 s."""
+        return self._taken.lease_seconds
+
+    async def extend(self, *, progressed: bool = False) -> LeaseState:
+        """As `Lease.extend`."""
+        return await _in_thread(partial(self._table.extend, self.job.id, self._taken.token, progressed=progressed))
+
+    async def complete(self, result: Result) -> None:
+        """As `Lease.complete`."""
+        await _in_thread(partial(self._table.complete, self.job.id, self._taken.token, result))
+
+    async def retry(self, reason: str, *, result: Result, delay: float) -> None:
+        """As `Lease.retry`."""
+        await _in_thread(partial(self._table.retry, self.job.id, self._taken.token, reason, result, delay))
+
+    async def fail(self, reason: str, *, result: Result) -> None:
+        """As `Lease.fail`."""
+        await _in_thread(partial(self._table.fail, self.job.id, self._taken.token, reason, result))
+
+    async def release(self, *, delay: float = 0.0) -> None:
+        """As `Lease.release`."""
+        await _in_thread(partial(self._table.release, self.job.id, self._taken.token, delay))
+
+
+class LocalSource:
+    """The worker's side of the queue."""
+
+    def __init__(self, folder: Path, worker: str) -> None:
+        self._folder = folder
+        self._worker = worker
+        self._table = JobTable(folder)
+
+    @property
+    def name(self) -> str:
+        """As the user wrote it."""
+        return f"local:{self._folder}"
+
+    async def receive(self, *, wait: float) -> Lease | None:
+        """As `Source.receive`."""
+        give_up = anyio.current_time() + wait
+        while True:
+            taken = await _in_thread(partial(self._table.take, self._worker))
+            if taken is not None:
+                return LocalLease(self._table, taken)
+            if anyio.current_time() >= give_up:
+                return None
+            await anyio.sleep(_POLL_SECONDS)
+
+    def verdict(self) -> int | None:
+        """None: somebody may submit at any time."""
+        return None
+
+    async def aclose(self) -> None:
+        """Let go of the queue's file."""
+        self._table.close()
+
+
+class LocalDesk:
+    """The submitter's side of the queue."""
+
+    def __init__(self, folder: Path) -> None:
+        self._table = JobTable(folder)
+
+    def submit(self, documents: list[bytes]) -> list[str]:
+        """As `Desk.submit`."""
+        jobs = [_new_job(body) for body in documents]
+        ids = [job.id for job in jobs]
+        counts = Counter(ids)
+        taken = next((job_id for job_id in ids if counts[job_id] > 1), None) or self._table.add(jobs)
+        if taken is not None:
+            raise InvalidJobError("id", f"{taken!r} is in the queue already; choose another, or leave it out")
+        return ids
+
+    def jobs(self) -> list[JobRecord]:
+        """As `Desk.jobs`."""
+        return self._table.records()
+
+    def show(self, job_id: str) -> JobRecord | None:
+        """As `Desk.show`."""
+        return next(iter(self._table.records(job_id)), None)
+
+    def cancel(self, job_id: str) -> bool:
+        """As `Desk.cancel`."""
+        return self._table.cancel(job_id)
+
+    def close(self) -> None:
+        """As `Desk.close`."""
+        self._table.close()
+
+
+def _new_job(body: bytes) -> NewJob:
+    document: JobDocument = parse_document(body)
+    job_id = document.id or secrets.token_hex(8)
+    if document.id is None:
+        body = json.dumps({**json.loads(body), "id": job_id}).encode()
+    interval = document.heartbeat_interval
+    lease_seconds = interval * _HEARTBEATS_PER_LEASE if interval else _DEFAULT_LEASE_SECONDS
+    return NewJob(job_id, body, lease_seconds, document.max_failures)

@@ -1,0 +1,171 @@
+"""`once`: one job, given with the container. No queue is needed, and nothing is shared.
+
+What became of it is kept in the state folder, so that a restarted container neither forgets failed attempts nor
+runs a finished job again. On another machine it starts from the job's checkpoint, with its failures forgotten.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+import anyio
+
+from heeler.errors import EXIT_BUG, EXIT_USAGE
+from heeler.job import InvalidJobError, Job, Result, parse_document
+from heeler.sources.base import Lease, LeaseState, SourceUnavailableError
+
+_BARREN_LIMIT = 10
+
+
+@dataclass(frozen=True)
+class _Record:
+    job_id: str
+    attempts: int = 0
+    barren: int = 0
+    failures: int = 0
+    visible_at: float = 0.0
+    state: str = "pending"
+    exit_code: int = 0
+
+
+def _exit_code(result: Result) -> int:
+    """As a shell reports it: the program's own, or 128 and the signal's number; 64 if it never ran."""
+    if result.signal is not None:
+        return 128 + result.signal
+    return EXIT_USAGE if result.exit_code is None else result.exit_code
+
+
+class OnceLease:
+    """The only lease there is; it can't lapse or be lost."""
+
+    def __init__(self, source: OnceSource, job: Job, attempt: int) -> None:
+        self._source = source
+        self._job = job
+        self._attempt = attempt
+
+    @property
+    def job(self) -> Job:
+        """The job."""
+        return self._job
+
+    @property
+    def attempt(self) -> int:
+        """Which start of it on this machine this is."""
+        return self._attempt
+
+    @property
+    def expires_after(self) -> float:
+        """Never."""
+        return math.inf
+
+    async def extend(self, *, progressed: bool = False) -> LeaseState:
+        """As `Lease.extend`."""
+        if progressed:
+            self._source.update(barren=0)
+        return LeaseState.HELD
+
+    async def complete(self, result: Result) -> None:
+        """As `Lease.complete`."""
+        del result
+        self._source.update(state="done")
+
+    async def retry(self, reason: str, *, result: Result, delay: float) -> None:
+        """As `Lease.retry`."""
+        del reason
+        self._source.count_failure(delay, _exit_code(result))
+
+    async def fail(self, reason: str, *, result: Result) -> None:
+        """As `Lease.fail`."""
+        del reason
+        self._source.update(state="failed", exit_code=_exit_code(result))
+
+    async def release(self, *, delay: float = 0.0) -> None:
+        """As `Lease.release`."""
+        self._source.put_back(delay)
+
+
+class OnceSource:
+    """Gives one job until it is done or has failed for good."""
+
+    def __init__(self, body: bytes, state_dir: Path, clock: Callable[[], float] = time.time) -> None:
+        """Args: the job document, the folder for what became of it, and wall time in seconds.
+
+        Raises:
+            InvalidJobError: The document is no job.
+        """
+        document = parse_document(body)
+        self._max_failures = document.max_failures
+        self._job = Job(document.id or sha256(body).hexdigest()[:16], body)
+        self._path = state_dir / "once.json"
+        self._clock = clock
+        self._record = self._load()
+        self._out = False
+
+    @property
+    def name(self) -> str:
+        """As the user wrote it."""
+        return "once"
+
+    async def receive(self, *, wait: float) -> Lease | None:
+        """As `Source.receive`."""
+        rest = self._record.visible_at - self._clock()
+        if self._out or self._record.state != "pending" or rest > wait:
+            await anyio.sleep(wait if self._record.state == "pending" else 0)
+            return None
+        await anyio.sleep(max(0.0, rest))
+        if self._record.barren >= _BARREN_LIMIT:
+            self.update(state="failed", exit_code=EXIT_BUG)
+            return None
+        self.update(attempts=self._record.attempts + 1, barren=self._record.barren + 1)
+        self._out = True
+        return OnceLease(self, self._job, self._record.attempts)
+
+    def verdict(self) -> int | None:
+        """The program's own exit code, once it has ended for good."""
+        return None if self._record.state == "pending" else self._record.exit_code
+
+    async def aclose(self) -> None:
+        """Nothing is open."""
+
+    def count_failure(self, delay: float, exit_code: int) -> None:
+        """An attempt failed: it comes again after `delay` seconds, if it may."""
+        failures = self._record.failures + 1
+        state = "failed" if failures >= self._max_failures else "pending"
+        visible_at = self._clock() + delay
+        self.update(failures=failures, barren=0, state=state, visible_at=visible_at, exit_code=exit_code)
+        self._out = False
+
+    def put_back(self, delay: float) -> None:
+        """An attempt was interrupted: it comes again after `delay` seconds."""
+        self.update(visible_at=self._clock() + delay)
+        self._out = False
+
+    def update(self, **changes: object) -> None:
+        """Change the record, on disk first."""
+        record = replace(self._record, **changes)  # type: ignore[arg-type]
+        temporary = self._path.with_suffix(".tmp")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(asdict(record), file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self._path)
+        except OSError as error:
+            raise SourceUnavailableError(f"{self._path} can't be written: {error.strerror}") from None
+        self._record = record
+
+    def _load(self) -> _Record:
+        try:
+            found = _Record(**json.loads(self._path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return _Record(self._job.id)
+        except (ValueError, TypeError):
+            raise InvalidJobError(str(self._path), "is not a record of ours; delete it to start afresh") from None
+        return found if found.job_id == self._job.id else _Record(self._job.id)

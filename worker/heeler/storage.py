@@ -1,0 +1,72 @@
+"""The stores that settings name, and the check that they can be used before the first job is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+from heeler.config import Settings
+from heeler.errors import UnavailableError, UsageError
+from heeler.files import default_sync
+from heeler.job import InvalidJobError
+from heeler_sync.errors import StoreError, SyncError, TransientStoreError
+from heeler_sync.store.base import ObjectStore
+from heeler_sync.store.retry import RetryPolicy, retrying
+from heeler_sync.store.s3 import Endpoint, S3ObjectStore
+
+
+def stores(settings: Settings) -> Callable[[str], ObjectStore]:
+    """Gives the store of a bucket, the same one each time.
+
+    Raises:
+        UsageError: The endpoint is no URL, or only one half of a credential is there.
+    """
+    url = settings.s3_endpoint
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise UsageError(f"the storage endpoint is {url!r}, but must be like https://ACCOUNT.r2.cloudflarestorage.com")
+    if (settings.s3_access_key_id is None) != (settings.s3_secret_access_key is None):
+        raise UsageError("of the storage's access key and secret key only one is set; set both (or neither)")
+    endpoint = Endpoint(
+        url=url,
+        region=settings.s3_region,
+        access_key_id=settings.s3_access_key_id,
+        secret_access_key=settings.s3_secret_access_key,
+        session_token=settings.s3_session_token,
+        provider=settings.s3_provider,
+        no_progress=settings.s3_timeout,
+    )
+
+    @cache
+    def store(bucket: str) -> ObjectStore:
+        return S3ObjectStore(bucket, endpoint)
+
+    return store
+
+
+async def check(
+    settings: Settings, open_store: Callable[[str], ObjectStore], on_retry: Callable[[StoreError, float], None]
+) -> None:
+    """Ask each bucket that the settings name for one page, so that a wrong name or key is told at once.
+
+    Raises:
+        UsageError: A bucket does not exist or refuses us.
+        UnavailableError: Storage did not answer within the start-up limit.
+    """
+    try:
+        spec = default_sync(settings)
+    except InvalidJobError as error:
+        raise UsageError(str(error)) from None
+    policy = RetryPolicy(patience=settings.startup_timeout, on_retry=on_retry)
+    for bucket in dict.fromkeys(entry.bucket for entry in (*spec.before, *spec.during, *spec.after)):
+        store = open_store(bucket)
+
+        async def look(store: ObjectStore = store) -> None:
+            async for _ in store.list(".heeler-probe/"):
+                return
+
+        try:
+            await retrying(policy, look)
+        except TransientStoreError as error:
+            raise UnavailableError(f"storage is out of reach: {error}; is the endpoint right?") from None
+        except SyncError as error:
+            raise UsageError(f"storage refuses us: {error}; check bucket, keys and endpoint") from None

@@ -1,0 +1,198 @@
+"""Starts and stops everything: the one place that wires the rooms together.
+
+Order matters: what an earlier runtime left is ended before a job is taken; the drain ends the forwarder first, and
+the control API answers until the last job is handed back.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+
+import anyio
+import anyio.to_thread
+
+from heeler import signals
+from heeler.app.command import CommandDelivery, CommandSettings
+from heeler.app.processes import OrphanReaper, become_reaper
+from heeler.config import Configuration, Settings, environment_name, secret_names
+from heeler.drain import Drain
+from heeler.files import JobFiles, JobFilesSettings
+from heeler.forwarder import Forwarder
+from heeler.job import Job
+from heeler.journal import Journal
+from heeler.lease import LeaseKeeper
+from heeler.sources import SourceRequest, open_source
+from heeler.sources.base import Source
+from heeler.status import Log, Phase, Status
+from heeler.storage import check, stores
+from heeler.tasks import background
+
+_REAP_SECONDS = 5.0
+
+_FAULTS = {
+    "delete_refused",
+    "delete_retried",
+    "file_left_out",
+    "file_never_settles",
+    "object_replaced",
+    "scan_failed",
+    "storage_retried",
+    "upload_refused",
+    "upload_retried",
+    "watch_unavailable",
+}
+"""Those of `heeler_sync`'s events that are faults."""
+
+
+async def supervise(configuration: Configuration, log: Log) -> int:
+    """Run until the work is done or we are told to stop; the exit code (DESIGN 3).
+
+    Raises:
+        HeelerError: It can't even start.
+    """
+    settings = configuration.settings
+    state_dir = settings.state_path
+    drain = Drain(settings.stop_grace)
+    worker = f"{socket.gethostname()}:{os.getpid()}"
+    journal = Journal(state_dir)
+    try:
+        request = SourceRequest(
+            settings.source, worker, state_dir, settings.job.encode() if settings.job is not None else None
+        )
+        source = open_source(request)
+        try:
+            status = Status(log, worker=worker, source=source.name)
+            return await _run(configuration, source, status, drain, journal)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await source.aclose()
+    finally:
+        journal.close()
+
+
+async def _run(configuration: Configuration, source: Source, status: Status, drain: Drain, journal: Journal) -> int:
+    settings = configuration.settings
+    control = _control(settings, status, drain)
+    status.event("started", source=source.name, version=_version(), state_dir=settings.state_dir)
+    become_reaper()
+    leftovers = await anyio.to_thread.run_sync(journal.end_leftovers)
+    if leftovers:
+        status.fault("leftover_processes_killed", count=leftovers)
+    async with background(partial(_take_signals, drain, status), _reap, *control):
+        forwarder = await _forwarder(settings, source, status, drain, journal)
+        await forwarder.run()
+        status.enter(Phase.END)
+        if settings.when_done == "idle":
+            await drain.requested.wait()
+    if drain.requested.is_set():
+        status.event("stopped", reason=drain.reason)
+        return 0
+    return source.verdict() or 0
+
+
+async def _forwarder(settings: Settings, source: Source, status: Status, drain: Drain, journal: Journal) -> Forwarder:
+    open_store = stores(settings)
+    await check(
+        settings,
+        open_store,
+        lambda error, delay: status.fault("storage_retried", error=str(error), retry_in=round(delay, 3)),
+    )
+    files = JobFilesSettings(settings, open_store, partial(_file_event, status))
+
+    def open_files(job: Job, keeper: LeaseKeeper) -> JobFiles:
+        return JobFiles(job, keeper, files)
+
+    command = CommandSettings(
+        environment=program_environment(os.environ, configuration_secrets(settings), scrub=settings.scrub_env),
+        retry_exit_codes=settings.retry_exit_codes,
+        logs=settings.state_path / "jobs",
+    )
+    delivery = CommandDelivery(
+        command, journal, lambda _job, error: status.fault("job_log_failed", error=error.strerror or str(error))
+    )
+    return Forwarder(
+        source,
+        delivery,
+        open_files,
+        drain,
+        status,
+        rng=random.Random(),  # noqa: S311 - jitter
+        retry_delay=settings.retry_delay,
+        max_jobs=settings.max_jobs,
+        exit_when_idle=settings.exit_when_idle,
+    )
+
+
+def _control(settings: Settings, status: Status, drain: Drain) -> list[Callable[[], Awaitable[None]]]:
+    """The task that serves the control API, unless it is off."""
+    if settings.control == "off":
+        return []
+    from heeler.control.server import bind, serve  # noqa: PLC0415 - fastapi is only imported where it is used
+
+    listener = bind(settings.control)
+    return [partial(serve, listener, status, drain, settings.state_path)]
+
+
+async def _take_signals(drain: Drain, status: Status) -> None:
+    """SIGTERM and SIGINT drain; each further SIGINT hurries."""
+    with anyio.open_signal_receiver(*signals.DRAIN_SIGNALS) as received:
+        for number in signals.held():
+            _take_signal(number, drain, status)
+        async for number in received:
+            _take_signal(number, drain, status)
+
+
+def _take_signal(number: int, drain: Drain, status: Status) -> None:
+    name = signal.Signals(number).name
+    if drain.begin(name):
+        status.draining = True
+        status.event("drain", reason=name, seconds=round(drain.left(), 3))
+    elif number == signal.SIGINT:
+        drain.hurry()
+        status.event("drain_hurried", seconds=round(drain.left(), 3))
+
+
+async def _reap() -> None:
+    reaper = OrphanReaper()
+    while True:
+        await anyio.sleep(_REAP_SECONDS)
+        await anyio.to_thread.run_sync(reaper.look)
+
+
+def _file_event(status: Status, name: str, fields: Mapping[str, object]) -> None:
+    tell = status.fault if name in _FAULTS else status.event
+    tell(name, **fields)
+
+
+def configuration_secrets(settings: Settings) -> set[str]:
+    """The credentials that the settings hold."""
+    return {
+        value
+        for value in (settings.s3_access_key_id, settings.s3_secret_access_key, settings.s3_session_token)
+        if value
+    }
+
+
+def program_environment(environ: Mapping[str, str], secrets: set[str], *, scrub: bool) -> dict[str, str]:
+    """What programs inherit: never heeler's own credentials; none at all under `--scrub-env`."""
+    own = {name for name in secret_names() if name.startswith(environment_name(""))}
+    kept = {name: value for name, value in environ.items() if name not in own and name != "HEELER_JOB"}
+    if not scrub:
+        return kept
+    hidden = secret_names()
+    return {
+        name: value
+        for name, value in kept.items()
+        if name not in hidden and not any(secret in value for secret in secrets)
+    }
+
+
+def _version() -> str:
+    from heeler import __version__  # noqa: PLC0415
+
+    return __version__

@@ -1,0 +1,5 @@
+"""Structured concurrency for all rooms. The helpers live in `heeler_sync.groups`, which stands alone."""
+
+from heeler_sync.groups import background
+
+__all__ = ["background"]
