@@ -87,7 +87,7 @@ class Stage:
         machine.mkdir()
         shutil.copy(HERE / "simulate.py", machine)
         environment = {**os.environ, "HEELER_STATE_DIR": str(machine / "state")}
-        command = [sys.executable, "-m", "heeler", "run", *self._queue, "--max-jobs", "1"]
+        command = [sys.executable, "-m", "heeler", "run", *self._queue, "--max-jobs", "1", "--control", "off"]
         print(f"--- machine {number} starts", flush=True)
         worker = subprocess.Popen(command, cwd=machine, env=environment)
         self._cleanup.callback(stop, worker)

@@ -28,6 +28,8 @@ from heeler_sync.upload import Stored
 from heeler_sync.watch import CLOSED, GONE, Batch, TreeWatch
 
 _MAX_IN_FLIGHT = 16
+_MAX_BYTES_IN_FLIGHT = 32 << 20
+"""Slow uplinks share one link among all that is sent: too much of it at once, and every request times out."""
 _SCAN_SECONDS = 60.0
 _SCAN_SECONDS_UNWATCHED = 5.0
 _SCAN_SOON_SECONDS = 0.05
@@ -67,6 +69,7 @@ class Mirror:
         self._left_out: set[str] = set()
         self._capture: Capture | None = None
         self._captured = False
+        self._sending: dict[str, int] = {}
         self._next_scan = -math.inf
         self._scan_seconds = _SCAN_SECONDS
         self._news = anyio.Event()
@@ -140,7 +143,7 @@ class Mirror:
         return self._captured and (self.refusal is not None or not self._settler.busy)
 
     async def _wait_for_news(self) -> None:
-        due = self._settler.next_due() if self._settler.in_flight < _MAX_IN_FLIGHT else None
+        due = self._settler.next_due() if self._room() else None
         until = min(math.inf if due is None else due, math.inf if self._captured else self._next_scan)
         with anyio.move_on_at(until):
             await self._news.wait()
@@ -167,6 +170,10 @@ class Mirror:
         """A scan is the truth; what it finds that we did not know is a change like any other."""
         try:
             found = await anyio.to_thread.run_sync(scan, self.root, self._include)
+        except FileNotFoundError:
+            # A folder that is gone as a whole may be an unmounted disk: storage keeps what it has.
+            self._event("folder_missing", folder=str(self.root))
+            return
         except LocalFileError as error:
             self._event("scan_failed", folder=str(self.root), error=str(error))
             if self._captured:
@@ -195,8 +202,7 @@ class Mirror:
         self._left_out = set(found.left_out)
 
     async def _start_uploads(self, group: TaskGroup) -> None:
-        free = max(0, _MAX_IN_FLIGHT - self._settler.in_flight)
-        quiet = self._settler.quiet(anyio.current_time())[:free]
+        quiet = self._settler.quiet(anyio.current_time())[: self._room()]
         if not quiet:
             return
         states = await anyio.to_thread.run_sync(_states, self.root, quiet, not self._captured)
@@ -206,10 +212,16 @@ class Mirror:
                 self._note_gone(relative)
             elif state.held_open and not self._settler.waited_open(relative, now):
                 self._settler.hold(relative)
-            else:
+            elif self._room():
                 self._seen[relative] = state.stamp
+                self._sending[relative] = state.stamp.size
                 self._settler.start(relative)
                 group.start_soon(self._upload, relative, state.stamp)
+
+    def _room(self) -> int:
+        """How many more files may be sent now."""
+        full = sum(self._sending.values()) >= _MAX_BYTES_IN_FLIGHT
+        return 0 if full else _MAX_IN_FLIGHT - len(self._sending)
 
     async def _upload(self, relative: str, settled: Stamp) -> None:
         ended, stored = await self._sender.send(relative, settled, self._stored.get(relative))
@@ -219,6 +231,7 @@ class Mirror:
             self._note_gone(relative)
         elif ended is Ended.CHANGED and self._may_take_newer() and not self._settler.is_dirty(relative):
             self._settler.changed(relative, anyio.current_time(), closed=self._captured)
+        del self._sending[relative]
         self._settler.done(relative)
         self._news.set()
 

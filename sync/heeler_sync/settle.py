@@ -53,11 +53,6 @@ class Settler:
         """Whether anything is not yet durable, deletions included."""
         return bool(self._dirty or self._in_flight or self._gone or self._deleting)
 
-    @property
-    def in_flight(self) -> int:
-        """How many files are being sent."""
-        return len(self._in_flight)
-
     def unsent(self) -> set[str]:
         """The files whose newest state is not durable yet."""
         return {*self._dirty, *self._in_flight}
@@ -115,7 +110,11 @@ class Settler:
             return []
         pending = itertools.chain((d.sequence for d in self._dirty.values()), self._in_flight.values())
         first = min(pending, default=None)
-        return [path for path, sequence in self._gone.items() if first is None or first > sequence]
+        return [
+            path
+            for path, sequence in self._gone.items()
+            if (first is None or first > sequence) and path not in self._deleting
+        ]
 
     def delete(self, path: str) -> None:
         """A vanished file's object is being deleted."""

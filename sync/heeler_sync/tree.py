@@ -55,9 +55,11 @@ def scan(root: Path, include: Callable[[str], bool]) -> Scan:
     """All regular files below `root` that `include` takes, without heeler's own folder.
 
     Raises:
+        FileNotFoundError: `root` itself is not there.
         LocalFileError: A folder can't be read.
     """
     found = Scan()
+    root.stat()
     real_root = os.path.realpath(root)
     _scan_folder(str(root), "", real_root, include, found)
     return found

@@ -58,6 +58,7 @@ class LeaseKeeper:
         self._confirmed_until = clock() + lease.expires_after
         self._lapsed = False
         self._failures = 0
+        self._doubts = 0
         self._asked = anyio.Event()
         self._answered = anyio.Event()
         self.state = LeaseState.HELD
@@ -88,6 +89,7 @@ class LeaseKeeper:
 
     async def doubt(self) -> None:
         """The permit: return only after the queue has confirmed the lease anew."""
+        self._doubts += 1
         self._confirmed_until = -math.inf
         await self.wait()
 
@@ -104,6 +106,7 @@ class LeaseKeeper:
     async def _extend(self) -> None:
         asked_at = self._clock()
         durable = self.durable()
+        doubts = self._doubts
         try:
             with anyio.fail_after(max(1.0, min(_LONGEST_CALL, self._lease.expires_after / 3))):
                 state = await self._lease.extend(progressed=durable > self._told_durable)
@@ -114,7 +117,8 @@ class LeaseKeeper:
         self._failures = 0
         self._told_durable = durable
         if state is LeaseState.HELD:
-            self._confirmed_until = asked_at + self._lease.expires_after
+            if doubts == self._doubts:  # an answer from before a doubt does not settle it
+                self._confirmed_until = asked_at + self._lease.expires_after
             if self._lapsed:
                 self._on_event("lease_confirmed_again", {})
             self._lapsed = False

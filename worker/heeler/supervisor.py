@@ -39,6 +39,7 @@ _FAULTS = {
     "delete_retried",
     "file_left_out",
     "file_never_settles",
+    "folder_missing",
     "object_replaced",
     "scan_failed",
     "storage_retried",
@@ -185,10 +186,11 @@ def program_environment(environ: Mapping[str, str], secrets: set[str], *, scrub:
     if not scrub:
         return kept
     hidden = secret_names()
+    values = secrets | {environ[name] for name in hidden if environ.get(name)}
     return {
         name: value
         for name, value in kept.items()
-        if name not in hidden and not any(secret in value for secret in secrets)
+        if name not in hidden and value not in values and not any(len(part) >= 4 and part in value for part in values)
     }
 
 

@@ -1,8 +1,8 @@
 """The object store of S3's wire protocol, on obstore.
 
 obstore's calls block without the GIL, so each runs in a worker thread: measured faster for small objects than its
-async API, which can also abort at interpreter exit. Time-outs are "no progress": obstore's read time-out restarts
-with each read. Nothing is retried here except the parts of a multipart upload, whose repetition hides nothing.
+async API, which can also abort at interpreter exit. Time-outs of reading are "no progress": obstore's read time-out
+restarts with each read. Nothing is retried here except the parts of a multipart upload, whose repetition hides nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +31,13 @@ _FAILURES = (BaseError, OSError, ValueError)
 _MIN_CHUNK = 256 * 1024
 _PART_CONCURRENCY = 4
 _THREADS = 32
+
+# obstore's read time-out also runs while a body is being sent, when nothing is read: a request that sends much
+# gets the time that its bytes, and those sent beside it, need on the slowest uplink that we serve.
+_SMALL = 256 * 1024
+_SLOWEST_UPLINK = 64 * 1024
+BYTES_IN_FLIGHT = 32 << 20
+"""So many bytes are sent at a time at the most, beside one large file: callers keep to it."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,10 @@ class S3ObjectStore:
     def __init__(self, bucket: str, endpoint: Endpoint) -> None:
         self._bucket = bucket
         self._provider = provider_for(endpoint.url, endpoint.provider)
-        self._once = _client(bucket, endpoint, self._provider, retries=0)
-        self._parts = _client(bucket, endpoint, self._provider, retries=4)
+        sending = endpoint.no_progress + BYTES_IN_FLIGHT / _SLOWEST_UPLINK
+        self._once = _client(bucket, endpoint, self._provider, endpoint.no_progress, retries=0)
+        self._sending = _client(bucket, endpoint, self._provider, sending, retries=0)
+        self._parts = _client(bucket, endpoint, self._provider, sending, retries=4)
         self._threads = anyio.CapacityLimiter(_THREADS)
 
     def __repr__(self) -> str:
@@ -162,7 +171,7 @@ class S3ObjectStore:
         def call() -> str:
             try:
                 answer = obstore.put(
-                    self._once,
+                    self._once if len(data) <= _SMALL else self._sending,
                     key,
                     data,
                     attributes=dict(metadata or {}),
@@ -184,7 +193,7 @@ class S3ObjectStore:
                 answer = obstore.put(
                     self._parts,
                     key,
-                    guarded,  # type: ignore[arg-type]
+                    guarded.parts(self._provider.part_bytes),
                     attributes=dict(metadata or {}),
                     use_multipart=True,
                     chunk_size=self._provider.part_bytes,
@@ -227,14 +236,20 @@ class _GuardedReader:
     def stop(self) -> None:
         self._stopped.set()
 
-    def read(self, size: int = -1, /) -> bytes:
+    def parts(self, size: int) -> Iterator[bytes]:
+        """The reader's bytes in parts of `size`; obstore takes the next when a connection is free for it."""
         try:
-            if self._stopped.is_set():
-                raise _StoppedError
-            return self._reader.read(size)
-        except _FAILURES as error:
+            while part := self._reader.read(size):
+                if self._stopped.is_set():
+                    raise _StoppedError
+                yield part
+        except Exception as error:
             self.error = error
             raise
+
+    def seek(self, _offset: int, _whence: int = 0, /) -> int:
+        """Only there because obstore takes nothing without it for a file; a multipart upload never seeks."""
+        raise OSError("an upload is read once, from its start")
 
 
 def _nothing() -> None:
@@ -252,7 +267,7 @@ def _info(meta: Mapping[str, Any], attributes: Mapping[Any, Any]) -> ObjectInfo:
     return ObjectInfo(meta["path"], meta["size"], meta["e_tag"] or "", metadata)
 
 
-def _client(bucket: str, endpoint: Endpoint, provider: Provider, *, retries: int) -> S3Store:
+def _client(bucket: str, endpoint: Endpoint, provider: Provider, no_progress: float, *, retries: int) -> S3Store:
     plain = endpoint.url is not None and endpoint.url.startswith("http://")
     options: dict[str, Any] = {
         "region": endpoint.region or provider.default_region,
@@ -262,7 +277,7 @@ def _client(bucket: str, endpoint: Endpoint, provider: Provider, *, retries: int
         "client_options": {
             "allow_http": plain,
             "connect_timeout": "10s",
-            "read_timeout": timedelta(seconds=endpoint.no_progress),
+            "read_timeout": timedelta(seconds=no_progress),
             "timeout": "24h",
         },
         "retry_config": {"max_retries": retries, "retry_timeout": timedelta(seconds=120)},

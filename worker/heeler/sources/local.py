@@ -17,7 +17,8 @@ from heeler.job import InvalidJobError, Job, JobDocument, Result, parse_document
 from heeler.sources.base import JobRecord, Lease, LeaseState
 from heeler.sources.local_table import JobTable, NewJob, Taken
 
-_POLL_SECONDS = 0.2
+_LOOK_SECONDS = 0.5
+_STAMPS_PER_LOOK = 5
 _DEFAULT_LEASE_SECONDS = 30.0
 _HEARTBEATS_PER_LEASE = 3
 
@@ -89,12 +90,17 @@ class LocalSource:
         """As `Source.receive`."""
         give_up = anyio.current_time() + wait
         while True:
+            stamp = self._table.stamp()
             taken = await _in_thread(partial(self._table.take, self._worker))
             if taken is not None:
                 return LocalLease(self._table, taken)
             if anyio.current_time() >= give_up:
                 return None
-            await anyio.sleep(_POLL_SECONDS)
+            # A look at the file's stamp costs next to nothing; leases lapse and delays pass without a change of it.
+            next_look = min(give_up, anyio.current_time() + _LOOK_SECONDS)
+            for _ in range(_STAMPS_PER_LOOK):
+                if anyio.current_time() < next_look and self._table.stamp() == stamp:
+                    await anyio.sleep(_LOOK_SECONDS / _STAMPS_PER_LOOK)
 
     def verdict(self) -> int | None:
         """None: somebody may submit at any time."""

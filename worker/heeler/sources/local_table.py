@@ -80,6 +80,7 @@ class JobTable:
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         self._path = folder / "queue.db"
+        self._log = folder / "queue.db-wal"
         self._clock = clock
         self._lock = threading.Lock()
         try:
@@ -97,6 +98,14 @@ class JobTable:
                 raise SourceUnavailableError(f"queue {self._path} is of version {version}; we know {_VERSION}")
             connection.executescript(_SCHEMA)
             connection.execute(f"PRAGMA user_version = {_VERSION}")
+
+    def stamp(self) -> object:
+        """Differs whenever another process has changed the queue since; does not block."""
+        try:
+            status = self._log.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size
 
     def close(self) -> None:
         """Let go of the file."""

@@ -1,0 +1,63 @@
+"""Every command in README is run as it stands there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from heeler.job import parse_document
+from tests.support.worker import clean_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+INSTALLS = ["pip install '.[local]' && heeler demo", "pip install '.[test]' && pytest"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_the_two_commands_install_what_they_need_from_the_extras_and_ci_runs_the_second() -> None:
+    assert blocks("sh")[0].splitlines() == INSTALLS
+    assert ".[test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_the_commands_of_the_first_job_run_as_they_stand(tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = clean_environment(PATH=path, HEELER_STATE_DIR=str(tmp_path / "state"), HEELER_CONTROL="off")
+    scripts = blocks("sh")[1:]
+    assert len(scripts) == 1
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", scripts[0]],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "working on first" in done.stdout
+    assert re.search(r"^first +done", done.stdout, re.MULTILINE)
+
+
+def test_the_job_documents_in_readme_are_valid() -> None:
+    for text in blocks("json"):
+        document = parse_document(json.dumps(json.loads(text)).encode())
+        assert document.sync.during
+
+
+def test_the_lines_for_a_dockerfile_make_an_environment_that_runs_heeler(tmp_path: Path) -> None:
+    (dockerfile,) = blocks("dockerfile")
+    line = next(line.strip() for line in dockerfile.splitlines() if line.strip().startswith("RUN "))
+    command = line.removeprefix("RUN ").replace("/opt/heeler", str(tmp_path / "heeler"))
+    # The name in the index is this project; here it is installed from this tree.
+    command = command.replace("install heeler", f"install --quiet {ROOT}")
+    subprocess.run(["bash", "-euc", command], check=True, timeout=300, env=clean_environment())
+    heeler = tmp_path / "heeler" / "bin" / "heeler"
+    done = subprocess.run([str(heeler), "version"], capture_output=True, text=True, check=True, env=clean_environment())
+    assert done.stdout.startswith("heeler ")
