@@ -145,7 +145,7 @@ class Mirror:
     async def _wait_for_news(self) -> None:
         due = self._settler.next_due() if self._room() else None
         until = min(math.inf if due is None else due, math.inf if self._captured else self._next_scan)
-        with anyio.move_on_at(until):
+        with anyio.move_on_after(max(0.0, until - anyio.current_time())):
             await self._news.wait()
         self._news = anyio.Event()
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from typing import TypeVar
 
 import anyio
-import anyio.from_thread
-import anyio.lowlevel
 import anyio.to_thread
 
 T = TypeVar("T")
@@ -34,7 +33,7 @@ async def run_stoppable(call: Callable[[], T], stop: Callable[[], None], limiter
     """
     start = _Start()
     ended = anyio.Event()
-    token = anyio.lowlevel.current_token()
+    loop = asyncio.get_running_loop()
 
     def run() -> T:
         if not start.take("thread"):
@@ -42,7 +41,7 @@ async def run_stoppable(call: Callable[[], T], stop: Callable[[], None], limiter
         try:
             return call()
         finally:
-            anyio.from_thread.run_sync(ended.set, token=token)
+            loop.call_soon_threadsafe(ended.set)
 
     try:
         return await anyio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=limiter)

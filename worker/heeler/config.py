@@ -277,7 +277,7 @@ def _parsed(parse: Callable[[str], Any], value: str, where: str) -> Any:
 def _as_text(value: object) -> str:
     if isinstance(value, list):
         return ",".join(str(part) for part in value)
-    return show(value)
+    return repr(value) if isinstance(value, float) else show(value)
 
 
 def _refuse_unknown_environment(environ: Mapping[str, str]) -> None:

@@ -167,7 +167,7 @@ class Forwarder:
             else:
                 keeper.durable = files.durable
                 ending = await self._attempt(lease, keeper, files)
-            told = await self._settle(lease, keeper, ending)
+            ending, told = await self._settle(lease, keeper, ending)
         if files is not None and told and ending.outcome is Outcome.DONE:
             await files.discard()
         self._status.drop()
@@ -205,7 +205,8 @@ class Forwarder:
                 await files.publish()
         except SyncError as error:
             self._status.fault("upload_failed", error=str(error))
-            return Ending(Outcome.RETRY, f"its files can't be stored: {error}")
+            interrupted = self._drain.requested.is_set()
+            return Ending(Outcome.RELEASE if interrupted else Outcome.RETRY, f"its files can't be stored: {error}")
         return ending
 
     async def _restore(self, files: Files) -> bool:
@@ -236,26 +237,34 @@ class Forwarder:
             await files.flush(whole=ending.whole)
         return ending
 
-    async def _settle(self, lease: Lease, keeper: LeaseKeeper, ending: Ending) -> bool:
-        """Tell the queue, as often as it takes while the job is ours and our time is not over; whether it knows."""
+    async def _settle(self, lease: Lease, keeper: LeaseKeeper, ending: Ending) -> tuple[Ending, bool]:
+        """Tell the queue, as often as it takes while the job is ours and our time is not over.
+
+        Returns:
+            What became of the job, which may be that it was lost, and whether the queue knows.
+        """
         self._status.enter(Phase.SETTLE)
         if ending.outcome is Outcome.RETRY:
             delay = min(_LONGEST_DELAY, self._retry_delay * 2.0 ** min(lease.attempt - 1, 20))
             ending = replace(ending, delay=delay * self._rng.uniform(0.5, 1.0))
-        told = ending.outcome in (Outcome.LOST, Outcome.CANCELLED)
+        told = False
         backoff = _Doubling(*_SETTLE_RETRY, self._rng)
         with anyio.CancelScope() as scope:
             async with background(
                 partial(_cancel_after, keeper.ended.wait, scope), partial(_cancel_after, self._drain.over, scope)
             ):
-                while not told:
-                    told = await self._tell(lease, ending)
-                    if not told:
+                try:
+                    while not (told := await self._tell(lease, ending)):
                         await anyio.sleep(backoff.next())
+                except LeaseLostError as error:
+                    self._status.fault("lease_lost", error=str(error))
+                    ending, told = Ending(Outcome.LOST, "another worker has it"), True
         self._status.settled(ending, told=told)
-        return told
+        return ending, told
 
     async def _tell(self, lease: Lease, ending: Ending) -> bool:
+        if ending.outcome in (Outcome.LOST, Outcome.CANCELLED):
+            return True
         try:
             if ending.outcome is Outcome.DONE:
                 await lease.complete(ending.result)
@@ -265,8 +274,6 @@ class Forwarder:
                 await lease.fail(ending.reason, result=ending.result)
             else:
                 await lease.release(delay=ending.delay)
-        except LeaseLostError as error:
-            self._status.fault("lease_lost", error=str(error))
         except SourceUnavailableError as error:
             self._status.fault("queue_unreachable", error=str(error))
             return False

@@ -91,9 +91,9 @@ class JobDocument(_Model):
     arguments: tuple[_Text, ...] = ()
     environment: Mapping[str, _Text] = Field(default_factory=dict)
     sync: SyncSpec = SyncSpec()
-    timeout: float | None = Field(default=None, gt=0)
+    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_failures: int = Field(default=3, ge=1)
-    heartbeat_interval: float | None = Field(default=None, gt=0)
+    heartbeat_interval: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @field_validator("id")
     @classmethod
@@ -139,6 +139,8 @@ def parse_document(body: bytes) -> JobDocument:
         data = json.loads(body)
     except ValueError as error:
         raise InvalidJobError("document", f"is not JSON: {error}") from None
+    except RecursionError:
+        raise InvalidJobError("document", "is nested too deeply") from None
     if not isinstance(data, dict):
         raise InvalidJobError("document", "is not a JSON object")
     _refuse_what_comes_later(data)

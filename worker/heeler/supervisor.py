@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
+from typing import TypeVar
 
 import anyio
 import anyio.to_thread
@@ -31,6 +32,8 @@ from heeler.sources.base import Source
 from heeler.status import Log, Phase, Status
 from heeler.storage import check, stores
 from heeler.tasks import background
+
+T = TypeVar("T")
 
 _REAP_SECONDS = 5.0
 
@@ -85,8 +88,9 @@ async def _run(configuration: Configuration, source: Source, status: Status, dra
     if leftovers:
         status.fault("leftover_processes_killed", count=leftovers)
     async with background(partial(_take_signals, drain, status), _reap, *control):
-        forwarder = await _forwarder(settings, source, status, drain, journal)
-        await forwarder.run()
+        forwarder = await _until_drained(drain, partial(_forwarder, settings, source, status, drain, journal))
+        if forwarder is not None:
+            await forwarder.run()
         status.enter(Phase.END)
         if settings.when_done == "idle":
             await drain.requested.wait()
@@ -127,6 +131,20 @@ async def _forwarder(settings: Settings, source: Source, status: Status, drain: 
         max_jobs=settings.max_jobs,
         exit_when_idle=settings.exit_when_idle,
     )
+
+
+async def _until_drained(drain: Drain, work: Callable[[], Awaitable[T]]) -> T | None:
+    """What the work gives; None if a request to stop came first."""
+    done = None
+    with anyio.CancelScope() as scope:
+
+        async def give_up() -> None:
+            await drain.requested.wait()
+            scope.cancel()
+
+        async with background(give_up):
+            done = await work()
+    return done
 
 
 def _control(settings: Settings, status: Status, drain: Drain) -> list[Callable[[], Awaitable[None]]]:

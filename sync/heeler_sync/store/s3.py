@@ -19,7 +19,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from heeler_sync.errors import ObjectNotFoundError
+from heeler_sync.errors import ObjectNotFoundError, PermanentStoreError
 from heeler_sync.store.base import Condition, ObjectInfo, Reader, Sink
 from heeler_sync.store.obstore_errors import store_error
 from heeler_sync.store.providers import Provider, provider_for
@@ -136,7 +136,11 @@ class S3ObjectStore:
                 sink(chunk)
             return info
 
-        return await run_stoppable(call, stopped.set, self._threads)
+        # Abandoned, unlike a write: its sink takes at most one more chunk, and storage may not answer for long.
+        try:
+            return await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._threads)
+        finally:
+            stopped.set()
 
     def _open(self, key: str, options: Mapping[str, Any]) -> tuple[ObjectInfo, Iterator[bytes]]:
         """The answer's head and its chunks, the store's errors translated; the sink's errors stay outside."""
@@ -247,10 +251,6 @@ class _GuardedReader:
             self.error = error
             raise
 
-    def seek(self, _offset: int, _whence: int = 0, /) -> int:
-        """Only there because obstore takes nothing without it for a file; a multipart upload never seeks."""
-        raise OSError("an upload is read once, from its start")
-
 
 def _nothing() -> None:
     """A single request can't be recalled; it is only waited for."""
@@ -289,4 +289,8 @@ def _client(bucket: str, endpoint: Endpoint, provider: Provider, no_progress: fl
         ("session_token", endpoint.session_token),
     )
     options.update({name: value for name, value in named if value is not None})
-    return S3Store(bucket, **options)
+    try:
+        return S3Store(bucket, **options)
+    except _FAILURES as error:
+        detail = str(error).split("\n", 1)[0]
+        raise PermanentStoreError("open", bucket, "", f"the storage settings are refused: {detail}") from None

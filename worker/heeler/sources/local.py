@@ -21,6 +21,8 @@ _LOOK_SECONDS = 0.5
 _STAMPS_PER_LOOK = 5
 _DEFAULT_LEASE_SECONDS = 30.0
 _HEARTBEATS_PER_LEASE = 3
+_WORKER_BUSY_SECONDS = 1.0
+"""A worker's call on a locked queue is cut short and repeated, so that a drain is never stuck in one."""
 
 T = TypeVar("T")
 
@@ -79,7 +81,7 @@ class LocalSource:
     def __init__(self, folder: Path, worker: str) -> None:
         self._folder = folder
         self._worker = worker
-        self._table = JobTable(folder)
+        self._table = JobTable(folder, busy_seconds=_WORKER_BUSY_SECONDS)
 
     @property
     def name(self) -> str:

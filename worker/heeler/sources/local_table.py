@@ -78,7 +78,10 @@ class JobTable:
     Every method raises `SourceUnavailableError` when SQLite can't do it now (locked for long, disk full).
     """
 
-    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, folder: Path, clock: Callable[[], float] = time.time, busy_seconds: float = _BUSY_SECONDS
+    ) -> None:
+        """Args: the folder, wall time in seconds, and how long a call waits while another process holds the lock."""
         self._path = folder / "queue.db"
         self._log = folder / "queue.db-wal"
         self._clock = clock
@@ -86,7 +89,7 @@ class JobTable:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._open = sqlite3.connect(
-                self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+                self._path, timeout=busy_seconds, isolation_level=None, check_same_thread=False
             )
         except (sqlite3.Error, OSError) as error:
             raise SourceUnavailableError(f"queue {self._path} can't be opened: {error}") from None

@@ -74,21 +74,21 @@ class OnceLease:
     async def complete(self, result: Result) -> None:
         """As `Lease.complete`."""
         del result
-        self._source.update(state="done")
+        self._source.settle(self._attempt, state="done", exit_code=0)
 
     async def retry(self, reason: str, *, result: Result, delay: float) -> None:
         """As `Lease.retry`."""
         del reason
-        self._source.count_failure(delay, _exit_code(result))
+        self._source.count_failure(self._attempt, delay, _exit_code(result))
 
     async def fail(self, reason: str, *, result: Result) -> None:
         """As `Lease.fail`."""
         del reason
-        self._source.update(state="failed", exit_code=_exit_code(result))
+        self._source.settle(self._attempt, state="failed", exit_code=_exit_code(result))
 
     async def release(self, *, delay: float = 0.0) -> None:
         """As `Lease.release`."""
-        self._source.put_back(delay)
+        self._source.put_back(self._attempt, delay)
 
 
 class OnceSource:
@@ -106,7 +106,7 @@ class OnceSource:
         self._path = state_dir / "once.json"
         self._clock = clock
         self._record = self._load()
-        self._out = False
+        self._out: int | None = None
 
     @property
     def name(self) -> str:
@@ -116,7 +116,7 @@ class OnceSource:
     async def receive(self, *, wait: float) -> Lease | None:
         """As `Source.receive`."""
         rest = self._record.visible_at - self._clock()
-        if self._out or self._record.state != "pending" or rest > wait:
+        if self._out is not None or self._record.state != "pending" or rest > wait:
             await anyio.sleep(wait if self._record.state == "pending" else 0)
             return None
         await anyio.sleep(max(0.0, rest))
@@ -124,7 +124,7 @@ class OnceSource:
             self.update(state="failed", exit_code=EXIT_BUG)
             return None
         self.update(attempts=self._record.attempts + 1, barren=self._record.barren + 1)
-        self._out = True
+        self._out = self._record.attempts
         return OnceLease(self, self._job, self._record.attempts)
 
     def verdict(self) -> int | None:
@@ -134,18 +134,22 @@ class OnceSource:
     async def aclose(self) -> None:
         """Nothing is open."""
 
-    def count_failure(self, delay: float, exit_code: int) -> None:
+    def count_failure(self, attempt: int, delay: float, exit_code: int) -> None:
         """An attempt failed: it comes again after `delay` seconds, if it may."""
         failures = self._record.failures + 1
         state = "failed" if failures >= self._max_failures else "pending"
         visible_at = self._clock() + delay
-        self.update(failures=failures, barren=0, state=state, visible_at=visible_at, exit_code=exit_code)
-        self._out = False
+        self.settle(attempt, failures=failures, barren=0, state=state, visible_at=visible_at, exit_code=exit_code)
 
-    def put_back(self, delay: float) -> None:
+    def put_back(self, attempt: int, delay: float) -> None:
         """An attempt was interrupted: it comes again after `delay` seconds."""
-        self.update(visible_at=self._clock() + delay)
-        self._out = False
+        self.settle(attempt, visible_at=self._clock() + delay)
+
+    def settle(self, attempt: int, **changes: object) -> None:
+        """End the attempt that is out; a repeated answer changes nothing."""
+        if self._out == attempt:
+            self.update(**changes)
+            self._out = None
 
     def update(self, **changes: object) -> None:
         """Change the record, on disk first."""
