@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from heeler_sync.errors import LocalFileError
-from heeler_sync.paths import OWN_FOLDER
+from heeler_sync.paths import NOT_A_FILE_OF_THE_JOB, OWN_FOLDER
 from heeler_sync.tree import Stamp
 
 
@@ -57,7 +57,7 @@ def _move_from(root: Path, prefix: str, stay: Collection[str], ancestors: Collec
         found = list(entries)
     for entry in found:
         relative = prefix + entry.name
-        if relative == OWN_FOLDER or (relative in stay and not entry.is_symlink()):
+        if relative in NOT_A_FILE_OF_THE_JOB or (relative in stay and not entry.is_symlink()):
             continue
         if relative in ancestors and entry.is_dir(follow_symlinks=False):
             moved += _move_from(root, relative + "/", stay, ancestors, aside)

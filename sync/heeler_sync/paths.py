@@ -14,6 +14,9 @@ from heeler_sync.errors import BadLocationError, UnsafeKeyError
 OWN_FOLDER = ".heeler"
 """The folder that belongs to heeler inside every synced folder and prefix; never mirrored."""
 
+NOT_A_FILE_OF_THE_JOB = {OWN_FOLDER, "lost+found"}
+"""Names at a folder's top that are neither mirrored nor moved; the second belongs to the file system."""
+
 _MAX_NAME_BYTES = 255
 """Linux file systems' limit of one name (NAME_MAX), in bytes."""
 

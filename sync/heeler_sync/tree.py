@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from heeler_sync.errors import LocalFileError
-from heeler_sync.paths import OWN_FOLDER, is_own
+from heeler_sync.paths import NOT_A_FILE_OF_THE_JOB, OWN_FOLDER, is_own
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _scan_folder(folder: str, prefix: str, real_root: str, include: Callable[[st
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name != OWN_FOLDER:
+                if entry.name != OWN_FOLDER and (prefix or entry.name not in NOT_A_FILE_OF_THE_JOB):
                     _scan_entry(entry, prefix + entry.name, real_root, include, found)
     except FileNotFoundError:
         return  # deleted while we walked; the next scan or event tells

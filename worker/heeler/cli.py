@@ -121,13 +121,19 @@ def jobs(configuration: Configuration, context: typer.Context, json: _Json = Fal
 
 
 @jobs_app.command("show")
+@_with_settings("source")
 def jobs_show(
-    context: typer.Context, job_id: Annotated[str, typer.Argument(metavar="ID")], json: _Json = False
+    configuration: Configuration,
+    context: typer.Context,
+    job_id: Annotated[str, typer.Argument(metavar="ID")],
+    json: _Json = False,
 ) -> None:
     """Show one job."""
     from heeler import desk  # noqa: PLC0415
 
-    desk.print_job(context.obj.settings.source, job_id, as_json=json)
+    own = configuration.origins["source"].startswith("flag")
+    source = configuration.settings.source if own else context.obj.settings.source
+    desk.print_job(source, job_id, as_json=json)
 
 
 @app.command()

@@ -254,7 +254,7 @@ class Forwarder:
                 partial(_cancel_after, keeper.ended.wait, scope), partial(_cancel_after, self._drain.over, scope)
             ):
                 try:
-                    while not (told := await self._tell(lease, ending)):
+                    while not (told := await self._tell(lease, ending)):  # noqa: ASYNC110 - a retry, not a poll
                         await anyio.sleep(backoff.next())
                 except LeaseLostError as error:
                     self._status.fault("lease_lost", error=str(error))
@@ -273,7 +273,7 @@ class Forwarder:
             elif ending.outcome is Outcome.FAIL:
                 await lease.fail(ending.reason, result=ending.result)
             else:
-                await lease.release(delay=ending.delay)
+                await lease.release(ending.reason, delay=ending.delay)
         except SourceUnavailableError as error:
             self._status.fault("queue_unreachable", error=str(error))
             return False

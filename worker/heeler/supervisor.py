@@ -22,6 +22,7 @@ from heeler.app.command import CommandDelivery, CommandSettings
 from heeler.app.processes import OrphanReaper, become_reaper
 from heeler.config import Configuration, Settings, environment_name, secret_names
 from heeler.drain import Drain
+from heeler.errors import UnavailableError
 from heeler.files import JobFiles, JobFilesSettings
 from heeler.forwarder import Forwarder
 from heeler.job import Job
@@ -84,10 +85,15 @@ async def _run(configuration: Configuration, source: Source, status: Status, dra
     control = _control(settings, status, drain)
     status.event("started", source=source.name, version=_version(), state_dir=settings.state_dir)
     become_reaper()
-    leftovers = await anyio.to_thread.run_sync(journal.end_leftovers)
+    try:
+        leftovers = await anyio.to_thread.run_sync(journal.end_leftovers)
+    except TimeoutError as error:
+        raise UnavailableError(f"what an earlier heeler left behind can't be ended: {error}") from None
     if leftovers:
         status.fault("leftover_processes_killed", count=leftovers)
-    async with background(partial(_take_signals, drain, status), _reap, *control):
+    async with background(
+        partial(_take_signals, drain, status), partial(_announce_drain, drain, status), _reap, *control
+    ):
         forwarder = await _until_drained(drain, partial(_forwarder, settings, source, status, drain, journal))
         if forwarder is not None:
             await forwarder.run()
@@ -157,6 +163,12 @@ def _control(settings: Settings, status: Status, drain: Drain) -> list[Callable[
     return [partial(serve, listener, status, drain, settings.state_path)]
 
 
+async def _announce_drain(drain: Drain, status: Status) -> None:
+    await drain.requested.wait()
+    status.draining = True
+    status.event("drain", reason=drain.reason, seconds=round(drain.left(), 3))
+
+
 async def _take_signals(drain: Drain, status: Status) -> None:
     """SIGTERM and SIGINT drain; each further SIGINT hurries."""
     with anyio.open_signal_receiver(*signals.DRAIN_SIGNALS) as received:
@@ -168,10 +180,7 @@ async def _take_signals(drain: Drain, status: Status) -> None:
 
 def _take_signal(number: int, drain: Drain, status: Status) -> None:
     name = signal.Signals(number).name
-    if drain.begin(name):
-        status.draining = True
-        status.event("drain", reason=name, seconds=round(drain.left(), 3))
-    elif number == signal.SIGINT:
+    if not drain.begin(name) and number == signal.SIGINT:
         drain.hurry()
         status.event("drain_hurried", seconds=round(drain.left(), 3))
 

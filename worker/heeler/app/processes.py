@@ -71,19 +71,19 @@ def kill_all(tag: str, group: int | None = None) -> int:
 
 
 def signal_group(group: int, number: int) -> bool:
-    """Signal a process group; whether there was one."""
+    """Signal a process group; whether there was one that we may signal."""
     try:
         os.killpg(group, number)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
         return False
     return True
 
 
 def signal_process(pid: int, number: int) -> None:
-    """Signal a process that may be gone."""
+    """Signal a process that may be gone, or not be ours to signal."""
     try:
         os.kill(pid, number)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
         return
 
 

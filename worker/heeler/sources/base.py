@@ -75,7 +75,7 @@ class Lease(Protocol):
         """The job can never succeed: set it aside with the reason."""
         ...
 
-    async def release(self, *, delay: float = 0.0) -> None:
+    async def release(self, reason: str = "", *, delay: float = 0.0) -> None:
         """The attempt was interrupted and does not count as a failure: to another worker, after `delay` seconds."""
         ...
 

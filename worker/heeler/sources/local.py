@@ -70,9 +70,9 @@ class LocalLease:
         """As `Lease.fail`."""
         await _in_thread(partial(self._table.fail, self.job.id, self._taken.token, reason, result))
 
-    async def release(self, *, delay: float = 0.0) -> None:
+    async def release(self, reason: str = "", *, delay: float = 0.0) -> None:
         """As `Lease.release`."""
-        await _in_thread(partial(self._table.release, self.job.id, self._taken.token, delay))
+        await _in_thread(partial(self._table.release, self.job.id, self._taken.token, reason, delay))
 
 
 class LocalSource:

@@ -191,12 +191,12 @@ class JobTable:
 
     def _give_up(self, connection: sqlite3.Connection, seq: int, lapsed: int) -> None:
         connection.execute(
-            "UPDATE jobs SET state = 'failed', token = NULL, finished = ?, reason = ?,"
-            " interruptions = interruptions + ? WHERE seq = ?",
+            "UPDATE jobs SET state = 'failed', token = NULL, finished = ?, interruptions = interruptions + ?,"
+            " reason = ? || CASE WHEN reason = '' THEN '' ELSE '; the last: ' || reason END WHERE seq = ?",
             (
                 self._clock(),
-                f"{BARREN_LIMIT} attempts in a row ended without an answer and without anything made durable",
                 lapsed,
+                f"{BARREN_LIMIT} attempts in a row ended without an answer and without anything made durable",
                 seq,
             ),
         )
@@ -245,13 +245,13 @@ class JobTable:
             (self._clock(), reason, json.dumps(result.as_json())),
         )
 
-    def release(self, job_id: str, token: str, delay: float) -> None:
+    def release(self, job_id: str, token: str, reason: str, delay: float) -> None:
         """The attempt was interrupted. Raises `LeaseLostError` unless the lease is ours."""
         self._settle(
             job_id,
             token,
-            "state = 'pending', interruptions = interruptions + 1, visible_at = ?",
-            (self._clock() + delay,),
+            "state = 'pending', interruptions = interruptions + 1, reason = ?, visible_at = ?",
+            (reason, self._clock() + delay),
         )
 
     def _settle(self, job_id: str, token: str, assignments: str, values: tuple[object, ...]) -> None:

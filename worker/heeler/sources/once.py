@@ -86,8 +86,9 @@ class OnceLease:
         del reason
         self._source.settle(self._attempt, state="failed", exit_code=_exit_code(result))
 
-    async def release(self, *, delay: float = 0.0) -> None:
+    async def release(self, reason: str = "", *, delay: float = 0.0) -> None:
         """As `Lease.release`."""
+        del reason
         self._source.put_back(self._attempt, delay)
 
 
