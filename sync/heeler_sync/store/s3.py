@@ -19,7 +19,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from heeler_sync.errors import ObjectNotFoundError, PermanentStoreError
+from heeler_sync.errors import ObjectNotFoundError, PermanentStoreError, TransientStoreError
 from heeler_sync.store.base import Condition, ObjectInfo, Reader, Sink
 from heeler_sync.store.obstore_errors import store_error
 from heeler_sync.store.providers import Provider, provider_for
@@ -206,7 +206,12 @@ class S3ObjectStore:
             except _FAILURES as error:
                 if guarded.error is not None:
                     raise guarded.error from None
-                raise store_error("UploadPart", self._bucket, key, error) from None
+                failure = store_error("UploadPart", self._bucket, key, error)
+                if isinstance(failure, ObjectNotFoundError):
+                    # A lost answer to the last call: obstore asks again, and the upload is no longer there.
+                    unknown = "the multipart upload is gone: completed without an answer, or aborted"
+                    failure = TransientStoreError("CompleteMultipartUpload", self._bucket, key, unknown)
+                raise failure from None
             return answer["e_tag"] or ""
 
         return await run_stoppable(call, guarded.stop, self._threads)
