@@ -33,7 +33,7 @@ def move_aside(root: Path, keep: Collection[str], nested: Collection[Path]) -> i
     try:
         root.mkdir(parents=True, exist_ok=True)
         own = root / OWN_FOLDER
-        if own.is_symlink():
+        if own.is_symlink() or own.is_file():
             own.unlink()
         if own.exists():
             shutil.rmtree(own)

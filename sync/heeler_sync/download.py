@@ -7,6 +7,7 @@ or an object that can't be had is an error, never an empty folder.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import secrets
 import shutil
@@ -82,7 +83,7 @@ async def in_place(wanted: Wanted, root: Path) -> Stored | None:
 def _may_be_in_place(root: Path, wanted: Wanted) -> bool:
     """Whether a real file of that size is there, not reached through a symbolic link. Blocks."""
     path = root / wanted.relative
-    direct = path.resolve() == root.resolve() / wanted.relative
+    direct = os.path.realpath(path) == os.path.join(os.path.realpath(root), wanted.relative)  # noqa: PTH118
     return direct and path.is_file() and path.stat().st_size == wanted.info.size
 
 

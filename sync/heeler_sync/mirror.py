@@ -8,6 +8,7 @@ keeps a bounded number of files on their way, and deletes objects only after eve
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from heeler_sync.paths import Location
 from heeler_sync.sender import Ended, MirrorContext, Sender
 from heeler_sync.settle import Settler
 from heeler_sync.store.base import ObjectStore
-from heeler_sync.tree import Scan, Stamp, scan
+from heeler_sync.tree import Scan, Stamp, examine, scan
 from heeler_sync.upload import Stored
 from heeler_sync.watch import CLOSED, GONE, Batch, TreeWatch
 
@@ -33,6 +34,8 @@ _MAX_BYTES_IN_FLIGHT = 32 << 20
 _SCAN_SECONDS = 60.0
 _SCAN_SECONDS_UNWATCHED = 5.0
 _SCAN_SOON_SECONDS = 0.05
+_UNKNOWN = Stamp(-1, 0, 0, 0)
+"""Of a file that can't be looked at: whoever tries to send it learns why."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,17 @@ class Mirror:
         include: Callable[[str], bool],
         context: MirrorContext,
         stored: dict[str, Stored] | None = None,
+        *,
+        deletes: bool = True,
     ) -> None:
-        """Args: `stored` is what storage is known to hold below `location`, by relative path."""
+        """Args: `stored` is what storage is known to hold below `location`, by relative path.
+
+        With `deletes` the objects of files that go are deleted.
+        """
         self.root = root
         self._include = include
         self._context = context
+        self._deletes = deletes
         self._sender = Sender(store, location, root, context)
         self._settler = Settler(context.times)
         self._stored = dict(stored or {})
@@ -77,7 +86,7 @@ class Mirror:
 
     @property
     def refusal(self) -> SyncError | None:
-        """After `finished`: why something could not be made durable; None if all is."""
+        """After `finished`: why something could not be made durable (all else is); None if all is."""
         return self._sender.refusal
 
     @property
@@ -139,8 +148,11 @@ class Mirror:
         await self._start_uploads(group)
         for relative in self._settler.deletable():
             self._settler.delete(relative)
-            group.start_soon(self._delete, relative)
-        return self._captured and (self.refusal is not None or not self._settler.busy)
+            if self._deletes:
+                group.start_soon(self._delete, relative)
+            else:
+                self._settler.deleted(relative)
+        return self._captured and not self._settler.busy
 
     async def _wait_for_news(self) -> None:
         due = self._settler.next_due() if self._room() else None
@@ -197,9 +209,13 @@ class Mirror:
 
     def _report_left_out(self, found: Scan) -> None:
         for relative, reason in found.left_out.items():
-            if relative not in self._left_out:
-                self._event("file_left_out", file=relative, reason=reason)
+            self._note_left_out(relative, reason)
         self._left_out = set(found.left_out)
+
+    def _note_left_out(self, relative: str, reason: str) -> None:
+        if relative not in self._left_out:
+            self._left_out.add(relative)
+            self._event("file_left_out", file=relative, reason=reason)
 
     async def _start_uploads(self, group: TaskGroup) -> None:
         quiet = self._settler.quiet(anyio.current_time())[: self._room()]
@@ -209,6 +225,9 @@ class Mirror:
         now = anyio.current_time()
         for relative, state in states.items():
             if state is None:
+                self._note_gone(relative)
+            elif isinstance(state, str):
+                self._note_left_out(relative, state)
                 self._note_gone(relative)
             elif state.held_open and not self._settler.waited_open(relative, now):
                 self._settler.hold(relative)
@@ -255,16 +274,19 @@ class _State:
     held_open: bool
 
 
-def _states(root: Path, relatives: list[str], look_for_writers: bool) -> dict[str, _State | None]:
-    """The present states of files that look quiet; None for one that is gone. Blocks."""
-    real = {relative: str((root / relative).resolve()) for relative in relatives}
+def _states(root: Path, relatives: list[str], look_for_writers: bool) -> dict[str, _State | str | None]:
+    """The present states of files that look quiet: why one is left out, or None for one that is gone. Blocks."""
+    real = {relative: os.path.realpath(root / relative) for relative in relatives}
+    real_root = os.path.realpath(root)
     held = open_for_writing(real.values()) if look_for_writers else set()
-    states: dict[str, _State | None] = {}
+    states: dict[str, _State | str | None] = {}
     for relative in relatives:
         try:
-            stamp = Stamp.of((root / relative).stat())
+            found = examine(str(root / relative), real_root)
         except (FileNotFoundError, NotADirectoryError):
             states[relative] = None
+        except OSError:
+            states[relative] = _State(_UNKNOWN, held_open=False)
         else:
-            states[relative] = _State(stamp, real[relative] in held)
+            states[relative] = _State(found, real[relative] in held) if isinstance(found, Stamp) else found
     return states

@@ -47,17 +47,19 @@ class SyncFolder:
 
 @dataclass
 class Restored:
-    """What storage and folders have in common after a restore: `Stored` by root folder, then by object."""
+    """What storage and folders have in common after a restore: by root folder, then by relative path."""
 
-    files: dict[Path, dict[tuple[str, str], Stored]] = field(default_factory=dict)
+    files: dict[Path, dict[str, tuple[Wanted, Stored]]] = field(default_factory=dict)
 
     def known(self, folder: SyncFolder) -> dict[str, Stored]:
-        """The files of `folder` that its own location is known to hold, by relative path."""
-        found = {}
-        for (bucket, key), stored in self.files.get(folder.path, {}).items():
-            if bucket == folder.location.bucket and key.startswith(folder.location.prefix):
-                found[key[len(folder.location.prefix) :]] = stored
-        return found
+        """The files of `folder` that its own location is known to hold under their own names, by relative path."""
+        return {
+            relative: stored
+            for relative, (item, stored) in self.files.get(folder.path, {}).items()
+            if item.store.bucket == folder.location.bucket
+            and item.info.key == folder.location.key(relative)
+            and folder.include(relative)
+        }
 
 
 class Restore:
@@ -121,7 +123,7 @@ class Restore:
 
     def _note(self, root: Path, item: Wanted, found: Stored) -> Stored:
         stored = replace(found, etag=item.info.etag)
-        self._restored.files.setdefault(root, {})[item.store.bucket, item.info.key] = stored
+        self._restored.files.setdefault(root, {})[item.relative] = (item, stored)
         return stored
 
 

@@ -125,7 +125,7 @@ class Sender:
         with progress.sending():
             stored, sent = await upload_file(self._store, key, self._root, relative, settled, known)
             progress.bytes_up += sent
-        if sent or known is None:
+        if known is None or known.digest != stored.digest:
             progress.files_up += 1
             self._event("uploaded", key=key, bytes=sent)
         return stored

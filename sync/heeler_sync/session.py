@@ -112,7 +112,7 @@ class Session:
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
         """Mirror the `during` folders while the block runs."""
-        self._mirrors = [self._mirror(folder, self._restored) for folder in self._plan.during]
+        self._mirrors = [self._mirror(folder, deletes=True) for folder in self._plan.during]
         async with background(*(mirror.run for mirror in self._mirrors)):
             yield
 
@@ -130,7 +130,7 @@ class Session:
         Raises:
             SyncError: Something was refused for good.
         """
-        mirrors = [self._mirror(folder, self._restored) for folder in self._plan.after]
+        mirrors = [self._mirror(folder, deletes=False) for folder in self._plan.after]
         self._mirrors.extend(mirrors)
         for mirror in mirrors:
             mirror.end(Capture(whole=True))
@@ -159,9 +159,9 @@ class Session:
             if mirror.refusal is not None:
                 raise mirror.refusal
 
-    def _mirror(self, folder: SyncFolder, restored: Restored) -> Mirror:
-        store = self._stores(folder.location.bucket)
-        return Mirror(store, folder.location, folder.path, folder.include, self._context, restored.known(folder))
+    def _mirror(self, folder: SyncFolder, *, deletes: bool) -> Mirror:
+        store, known = self._stores(folder.location.bucket), self._restored.known(folder)
+        return Mirror(store, folder.location, folder.path, folder.include, self._context, known, deletes=deletes)
 
     async def unsent(self) -> Unsent:
         """What is not durable yet."""

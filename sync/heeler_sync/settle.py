@@ -101,8 +101,11 @@ class Settler:
 
     def drop_unsettled(self, now: float) -> None:
         """Forget what had not settled by `now`, and deletions: a program that died may have died inside a save."""
-        self._dirty = {path: dirty for path, dirty in self._dirty.items() if dirty.closed and dirty.not_before <= now}
+        self._dirty = {path: dirty for path, dirty in self._dirty.items() if self._has_settled(dirty, now)}
         self._gone.clear()
+
+    def _has_settled(self, dirty: _Dirty, now: float) -> bool:
+        return (dirty.closed and dirty.not_before <= now) or now >= dirty.last + self._times.open_wait
 
     def deletable(self) -> list[str]:
         """The vanished files whose earlier changes, of any file, are all durable."""

@@ -6,6 +6,7 @@ followed, since its target is not the job's to publish.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable
@@ -86,18 +87,32 @@ def _scan_entry(
     if not include(relative):
         return
     try:
-        if entry.is_symlink():
-            reason = _why_not_follow(entry.path, real_root)
-            if reason:
-                found.left_out[relative] = reason
-                return
-        status = entry.stat(follow_symlinks=True)
+        state = examine(entry.path, real_root)
     except FileNotFoundError:
         return
-    if stat.S_ISREG(status.st_mode):
-        found.files[relative] = Stamp.of(status)
+    if isinstance(state, Stamp):
+        found.files[relative] = state
     else:
-        found.left_out[relative] = "not a regular file"
+        found.left_out[relative] = state
+
+
+def examine(path: str, real_root: str) -> Stamp | str:
+    """The stamp of a file that belongs to the folder with the real path `real_root`, or why it is left out.
+
+    Raises:
+        FileNotFoundError: It is gone, or a link to nothing.
+        OSError: It can't be looked at.
+    """
+    reason = _why_not_follow(path, real_root) if os.path.islink(path) else None  # noqa: PTH114
+    if reason:
+        return reason
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a symbolic link that leads to itself"
+        raise
+    return Stamp.of(status) if stat.S_ISREG(status.st_mode) else "not a regular file"
 
 
 def _why_not_follow(path: str, real_root: str) -> str | None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
@@ -34,7 +34,9 @@ def _with_settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., 
     """Give a command the flags of the named settings, and `configuration` as its first argument."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., None]:
-        own = list(inspect.signature(command).parameters.values())[1:]
+        hints = get_type_hints(command, include_extras=True)
+        taken = list(inspect.signature(command).parameters.values())[1:]
+        own = [parameter.replace(annotation=hints[parameter.name]) for parameter in taken]
         options = [_option(entry.name) for entry in fields(Settings) if entry.name in names]
         file = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_ConfigFile)
 

@@ -184,7 +184,11 @@ class Job:
     body: bytes
 
     def document(self) -> JobDocument:
-        """The job document in it; raises `InvalidJobError`."""
+        """The job document in it; raises `InvalidJobError`, also for an id that can't stand in keys and paths."""
+        try:
+            check_job_id(self.id)
+        except ValueError as error:
+            raise InvalidJobError("id", str(error)) from None
         return parse_document(self.body)
 
 

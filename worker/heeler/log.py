@@ -6,13 +6,13 @@ must not stop with them. Lines that don't fit the queue are counted and the coun
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from typing import Any, TextIO
-
-import structlog
 
 _QUEUE_LINES = 10_000
 _CLOSE_SECONDS = 2.0
@@ -50,19 +50,21 @@ class _Writer(threading.Thread):
         self.join(_CLOSE_SECONDS)
 
 
+Render = Callable[[dict[str, Any]], str]
+
+
 class Logger:
     """Renders events and hands them to the writer. Callable as `heeler.status.Log`."""
 
-    def __init__(self, writer: _Writer, render: structlog.typing.Processor, secrets: Iterable[str]) -> None:
+    def __init__(self, writer: _Writer, render: Render, secrets: Iterable[str]) -> None:
         self._writer = writer
         self._render = render
         self._secrets = sorted((secret for secret in secrets if len(secret) >= 4), key=len, reverse=True)
-        self._stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
 
     def __call__(self, level: str, event: str, fields: dict[str, object]) -> None:
         """Log one event."""
-        entry: dict[str, Any] = {"event": event, "level": level, **fields}
-        line = str(self._render(None, level, dict(self._stamp(None, level, entry))))
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        line = self._render({"timestamp": now, "level": level, "event": event, **fields})
         self._writer.put(self.masked(line))
 
     def masked(self, text: str) -> str:
@@ -70,6 +72,17 @@ class Logger:
         for secret in self._secrets:
             text = text.replace(secret, "********")
         return text
+
+
+def _as_json(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, default=str)
+
+
+def _as_text(colors: bool) -> Render:
+    from structlog.dev import ConsoleRenderer  # noqa: PLC0415 - a container never needs it
+
+    renderer = ConsoleRenderer(colors=colors)
+    return lambda entry: str(renderer(None, entry["level"], entry))
 
 
 @contextmanager
@@ -82,9 +95,7 @@ def logging_to(stream: TextIO, log_format: str, secrets: Iterable[str]) -> Itera
         secrets: Values that are masked wherever they appear.
     """
     as_text = log_format == "text" or (log_format == "auto" and stream.isatty())
-    render: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer(colors=stream.isatty()) if as_text else structlog.processors.JSONRenderer()
-    )
+    render = _as_text(stream.isatty()) if as_text else _as_json
     writer = _Writer(stream)
     writer.start()
     try:

@@ -27,8 +27,8 @@ def run_worker(configuration: Configuration, job_file: Path | None) -> NoReturn:
         configuration = _with_job(configuration, job_file)
     with logging_to(sys.stderr, configuration.settings.log_format, configuration.secrets()) as log:
         code = _supervise(configuration, log)
-    sys.stdout.flush()
-    # A thread may hang in a request that storage never answers; the interpreter would wait for it.
+    # A thread may hang in a request that storage never answers, or in a write that nobody reads: the interpreter
+    # would wait for it. Nothing is left to flush; what programs print is passed on at once.
     os._exit(code)
 
 

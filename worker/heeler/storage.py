@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from urllib.parse import urlsplit
+
+import anyio
 
 from heeler.config import Settings
 from heeler.errors import UnavailableError, UsageError
@@ -22,7 +25,7 @@ def stores(settings: Settings) -> Callable[[str], ObjectStore]:
         UsageError: The endpoint is no URL, or only one half of a credential is there.
     """
     url = settings.s3_endpoint
-    if url is not None and not url.startswith(("http://", "https://")):
+    if url is not None and not _is_endpoint(url):
         raise UsageError(f"the storage endpoint is {url!r}, but must be like https://ACCOUNT.r2.cloudflarestorage.com")
     if (settings.s3_access_key_id is None) != (settings.s3_secret_access_key is None):
         raise UsageError("of the storage's access key and secret key only one is set; set both (or neither)")
@@ -43,6 +46,14 @@ def stores(settings: Settings) -> Callable[[str], ObjectStore]:
     return store
 
 
+def _is_endpoint(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 async def check(
     settings: Settings, open_store: Callable[[str], ObjectStore], on_retry: Callable[[StoreError, float], None]
 ) -> None:
@@ -58,14 +69,19 @@ async def check(
         raise UsageError(str(error)) from None
     policy = RetryPolicy(patience=settings.startup_timeout, on_retry=on_retry)
     for bucket in dict.fromkeys(entry.bucket for entry in (*spec.before, *spec.during, *spec.after)):
-        store = open_store(bucket)
 
-        async def look(store: ObjectStore = store) -> None:
-            async for _ in store.list(".heeler-probe/"):
+        async def look(bucket: str = bucket) -> None:
+            async for _ in open_store(bucket).list(".heeler-probe/"):
                 return
 
         try:
-            await retrying(policy, look)
+            with anyio.fail_after(max(1.0, settings.startup_timeout)):
+                await retrying(policy, look)
+        except TimeoutError:
+            raise UnavailableError(
+                f"storage is out of reach: no answer for bucket {bucket} within {settings.startup_timeout:g} s;"
+                " is the endpoint right?"
+            ) from None
         except TransientStoreError as error:
             raise UnavailableError(f"storage is out of reach: {error}; is the endpoint right?") from None
         except SyncError as error:

@@ -46,6 +46,7 @@ def bind(address: str) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((str(ip), number))
+        listener.listen()
     except OSError as error:
         listener.close()
         raise UsageError(

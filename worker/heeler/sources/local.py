@@ -17,7 +17,7 @@ from heeler.job import InvalidJobError, Job, JobDocument, Result, parse_document
 from heeler.sources.base import JobRecord, Lease, LeaseState
 from heeler.sources.local_table import JobTable, NewJob, Taken
 
-_LOOK_SECONDS = 0.5
+_LOOK_SECONDS = 1.0
 _STAMPS_PER_LOOK = 5
 _DEFAULT_LEASE_SECONDS = 30.0
 _HEARTBEATS_PER_LEASE = 3
