@@ -59,7 +59,8 @@ class Logger:
     def __init__(self, writer: _Writer, render: Render, secrets: Iterable[str]) -> None:
         self._writer = writer
         self._render = render
-        self._secrets = sorted((secret for secret in secrets if len(secret) >= 4), key=len, reverse=True)
+        forms = {form for secret in secrets if len(secret) >= 4 for form in _written(secret)}
+        self._secrets = sorted(forms, key=len, reverse=True)
 
     def __call__(self, level: str, event: str, fields: dict[str, object]) -> None:
         """Log one event."""
@@ -83,6 +84,14 @@ def _as_text(colors: bool) -> Render:
 
     renderer = ConsoleRenderer(colors=colors)
     return lambda entry: str(renderer(None, entry["level"], entry))
+
+
+def _written(secret: str) -> set[str]:
+    """The forms in which a text stands in a line: as it is, quoted as JSON or by `repr`, and both."""
+    forms = {secret}
+    for _ in range(2):
+        forms |= {json.dumps(form)[1:-1] for form in forms} | {repr(form)[1:-1] for form in forms}
+    return forms
 
 
 @contextmanager

@@ -18,15 +18,20 @@ from heeler.supervisor import supervise
 
 
 def run_worker(configuration: Configuration, job_file: Path | None) -> NoReturn:
-    """Run a worker and exit with its code.
+    """Run a worker and exit with its code; one that can't start says why in one line.
 
     Raises:
-        HeelerError: It can't start; the message says why.
+        UsageError: The job's file can't be read.
     """
     if job_file is not None:
         configuration = _with_job(configuration, job_file)
-    with logging_to(sys.stderr, configuration.settings.log_format, configuration.secrets()) as log:
-        code = _supervise(configuration, log)
+    try:
+        with logging_to(sys.stderr, configuration.settings.log_format, configuration.secrets()) as log:
+            code = _supervise(configuration, log)
+    except HeelerError as error:
+        sys.stderr.write(f"heeler: {error}\n")
+        sys.stderr.flush()
+        code = error.exit_code
     # A thread may hang in a request that storage never answers, or in a write that nobody reads: the interpreter
     # would wait for it. Nothing is left to flush; what programs print is passed on at once.
     os._exit(code)

@@ -171,11 +171,14 @@ async def _announce_drain(drain: Drain, status: Status) -> None:
 
 async def _take_signals(drain: Drain, status: Status) -> None:
     """SIGTERM and SIGINT drain; each further SIGINT hurries."""
-    with anyio.open_signal_receiver(*signals.DRAIN_SIGNALS) as received:
-        for number in signals.held():
-            _take_signal(number, drain, status)
-        async for number in received:
-            _take_signal(number, drain, status)
+    try:
+        with anyio.open_signal_receiver(*signals.DRAIN_SIGNALS) as received:
+            for number in signals.held():
+                _take_signal(number, drain, status)
+            async for number in received:
+                _take_signal(number, drain, status)
+    finally:
+        signals.hold()  # all is said and done: a late one must not change the exit code
 
 
 def _take_signal(number: int, drain: Drain, status: Status) -> None:

@@ -13,13 +13,13 @@ _LOGS_KEPT = 50
 
 
 def passed_to(stream: BinaryIO) -> Callable[[bytes], None]:
-    """An output that copies to a stream at once; a reader who went away is no fault of the job."""
+    """An output that copies to a stream at once; a reader who went away or a full disk is no fault of the job."""
 
     def write(data: bytes) -> None:
         try:
             stream.write(data)
             stream.flush()
-        except (BrokenPipeError, ValueError):
+        except (OSError, ValueError):
             return
 
     return write

@@ -120,6 +120,9 @@ async def child(
     reader, writer = os.pipe()
     try:
         process = await _spawn(argv, {**environment, TAG_VARIABLE: tag}, writer)
+    except OSError as error:  # arguments and environment that are too long, or no memory for one more process
+        os.close(reader)
+        raise CannotStartError(f"{argv[0]!r} can't be started: {error.strerror}") from None
     except BaseException:
         os.close(reader)
         raise

@@ -1,0 +1,190 @@
+"""Job documents: what is one, and what is said of what is none."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from heeler.job import InvalidJobError, Job, check_job_id, parse_document
+
+ENTRY = {"bucket": "bucket", "prefix": "a/", "local_path": "/data"}
+
+
+def parse(**document: Any) -> Any:
+    return parse_document(json.dumps(document).encode())
+
+
+def fault(body: bytes | dict[str, Any]) -> InvalidJobError:
+    with pytest.raises(InvalidJobError) as caught:
+        parse_document(body if isinstance(body, bytes) else json.dumps(body).encode())
+    assert caught.value.field in str(caught.value)
+    return caught.value
+
+
+def test_the_smallest_document_has_the_documented_defaults() -> None:
+    document = parse(command="true")
+    assert (document.arguments, dict(document.environment), document.max_failures) == ((), {}, 3)
+    assert document.id is None
+    assert document.timeout is None
+    assert document.sync.before == ()
+
+
+def test_a_full_document_of_kelpies_is_taken() -> None:
+    document = parse(
+        id="job-1",
+        command="python",
+        arguments=["a.py", "--x=1", ""],
+        environment={"A": "b", "_X9": ""},
+        sync={
+            "before": [{**ENTRY, "direction": "download"}],
+            "during": [{**ENTRY, "direction": "upload", "pattern": r"\.pt$", "mode": "mirror"}],
+            "after": [ENTRY],
+        },
+        timeout=3600,
+        max_failures=5,
+        heartbeat_interval=10,
+        compression=False,
+        webhook=None,
+        result_key="",
+    )
+    assert document.arguments == ("a.py", "--x=1", "")
+    assert document.sync.during[0].pattern == r"\.pt$"
+    assert document.heartbeat_interval == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"command": None}, "command"),
+        ({"command": ""}, "command"),
+        ({"command": 5}, "command"),
+        ({"command": "a\0b"}, "command"),
+        ({"command": "\ud800"}, "command"),
+        ({"arguments": "a b"}, "arguments"),
+        ({"arguments": ["a", 5]}, "arguments.1"),
+        ({"arguments": ["\0"]}, "arguments.0"),
+        ({"environment": ["A=b"]}, "environment"),
+        ({"environment": {"A": 1}}, "environment.A"),
+        ({"environment": {"A": "\0"}}, "environment.A"),
+        ({"environment": {"A=B": "x"}}, "environment"),
+        ({"environment": {"": "x"}}, "environment"),
+        ({"id": "../x"}, "id"),
+        ({"id": "a/b"}, "id"),
+        ({"id": ""}, "id"),
+        ({"id": 7}, "id"),
+        ({"timeout": 0}, "timeout"),
+        ({"timeout": -1}, "timeout"),
+        ({"timeout": "long"}, "timeout"),
+        ({"max_failures": 0}, "max_failures"),
+        ({"max_failures": 1.5}, "max_failures"),
+        ({"heartbeat_interval": 0}, "heartbeat_interval"),
+        ({"sync": []}, "sync"),
+        ({"sync": {"before": ENTRY}}, "sync.before"),
+        ({"sync": {"befor": []}}, "sync.befor"),
+        ({"sync": {"before": [{"bucket": "bucket", "prefix": ""}]}}, "sync.before.0.local_path"),
+        ({"sync": {"before": [{**ENTRY, "local_path": ""}]}}, "sync.before.0.local_path"),
+        ({"sync": {"before": [{**ENTRY, "prefix": "a\0"}]}}, "sync.before.0.prefix"),
+        ({"sync": {"during": [{**ENTRY, "pattern": "("}]}}, "sync.during.0.pattern"),
+        ({"sync": {"during": [{**ENTRY, "paterm": "x"}]}}, "sync.during.0.paterm"),
+        ({"sync": {"during": [{**ENTRY, "mode": "delta"}]}}, "sync.during.0.mode"),
+        ({"comand": "x"}, "comand"),
+    ],
+)
+def test_a_fault_names_its_field(change: dict[str, Any], field: str) -> None:
+    assert fault({"command": "true", **change}).field == field
+
+
+@pytest.mark.parametrize(("part", "direction"), [("before", "upload"), ("during", "download"), ("after", "download")])
+def test_a_wrong_direction_is_refused_with_the_right_one(part: str, direction: str) -> None:
+    error = fault({"command": "true", "sync": {part: [{**ENTRY, "direction": direction}]}})
+    assert f"{part}.0.direction" in str(error)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"null", b"[]", b'"x"', b"5", b"\xff\xfe\xfa", b"\x80", b"{} {}", b'{"command": "x"', b"NaN"]
+)
+def test_what_is_no_json_object_is_refused_as_a_whole(body: bytes) -> None:
+    assert fault(body).field == "document"
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 100_000, b'{"command":"x","a":' + b"[" * 9999]
+)
+def test_a_document_made_to_break_the_parser_is_refused_like_any_other(body: bytes) -> None:
+    assert fault(body).field == "document"
+
+
+@pytest.mark.parametrize("name", ["timeout", "heartbeat_interval"])
+def test_times_are_finite(name: str) -> None:
+    for value in ("Infinity", "NaN", "1e999"):
+        assert fault(f'{{"command": "true", "{name}": {value}}}'.encode()).field == name
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"compression": True}, "compression"),
+        ({"webhook": "http://x"}, "webhook"),
+        ({"result_key": "k"}, "result_key"),
+        ({"sync": {"during": [{**ENTRY, "mode": "snapshot"}]}}, "snapshot"),
+    ],
+)
+def test_what_is_not_supported_yet_is_refused_by_name(change: dict[str, Any], word: str) -> None:
+    error = fault({"command": "true", **change})
+    assert word in str(error)
+    assert "not supported yet" in error.reason
+
+
+@pytest.mark.parametrize("value", [False, None])
+def test_what_is_not_supported_yet_may_be_said_to_be_off(value: object) -> None:
+    parse(command="true", compression=value, webhook=value, result_key=value)
+
+
+@pytest.mark.parametrize("value", ["a", "A9._:@=+-x", "x" * 200, "0"])
+def test_ids_that_can_stand_in_keys_and_paths_are_taken(value: str) -> None:
+    assert check_job_id(value) == value
+
+
+@given(st.text(max_size=250))
+def test_an_id_that_was_taken_is_one_safe_name(value: str) -> None:
+    try:
+        check_job_id(value)
+    except ValueError:
+        return
+    assert 1 <= len(value) <= 200
+    assert not set(value) & set("/\\\0\n ")
+    assert ".." not in value
+    assert not value.startswith((".", "-"))
+
+
+def taken_or_named(body: bytes) -> bool:
+    """Whether it is a document, or refused with a field and a reason."""
+    try:
+        Job("x", body).document()
+    except InvalidJobError as error:
+        return bool(error.field and error.reason)
+    return True
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_document_or_a_named_fault(body: bytes) -> None:
+    assert taken_or_named(body)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from(
+    ["id", "command", "arguments", "environment", "sync", "timeout", "max_failures", "compression"]
+)
+
+
+@given(st.dictionaries(FIELDS, JSON_VALUES, max_size=4))
+def test_any_values_are_a_document_or_a_named_fault(document: dict[str, Any]) -> None:
+    assert taken_or_named(json.dumps({"command": "x", **document}).encode())

@@ -1,0 +1,203 @@
+"""What one start has left: found by its tag wherever it went, and ended to the last."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import anyio
+import pytest
+
+from heeler.app.process import CannotStartError, Exit, Started, child
+from heeler.app.processes import TAG_VARIABLE, OrphanReaper, kill_all, signal_group, signal_process, start_time, tagged
+
+TREE = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for wild in range(3):
+    if os.fork() == 0:
+        if wild == 1: os.setsid()
+        if wild == 2: os.setpgid(0, 0)
+        if os.fork() == 0:
+            os.setsid()
+        break
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+class Register:
+    """Keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Started]] = []
+
+    def started(self, process: Started) -> None:
+        self.calls.append(("started", process))
+
+    def ended(self, process: Started) -> None:
+        self.calls.append(("ended", process))
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def tree() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A process with children that left its group and session, seven in all; none of them heeds SIGTERM."""
+    tag = os.urandom(8).hex()
+    environment = {**os.environ, TAG_VARIABLE: tag}
+    process = subprocess.Popen([sys.executable, "-c", TREE], env=environment, start_new_session=True,
+                               stdout=subprocess.DEVNULL)  # fmt: skip
+    wait_until(lambda: len(tagged(tag)) == 7)
+    yield process, tag
+    for pid in tagged(tag):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_every_process_of_a_start_is_found_and_ended(tree: tuple[subprocess.Popen[bytes], str]) -> None:
+    process, tag = tree
+    assert process.pid in tagged(tag)
+    assert kill_all(tag, process.pid) >= 3
+    assert tagged(tag) == []
+    assert kill_all(tag, process.pid) == 0
+    assert process.wait(5) == -signal.SIGKILL
+
+
+def test_without_its_group_a_start_is_found_by_its_tag_alone(tree: tuple[subprocess.Popen[bytes], str]) -> None:
+    _, tag = tree
+    assert kill_all(tag) == 7
+
+
+def test_other_tags_are_left_alone(tree: tuple[subprocess.Popen[bytes], str]) -> None:
+    process, tag = tree
+    assert kill_all(tag[:-1]) == 0
+    assert kill_all("0" * 16) == 0
+    assert process.poll() is None
+    assert len(tagged(tag)) == 7
+
+
+def test_a_process_is_told_from_a_later_one_of_the_same_pid() -> None:
+    own = start_time(os.getpid())
+    assert own is not None
+    assert own == start_time(os.getpid())
+    assert start_time(1) != own
+    assert start_time(1 << 22) is None
+
+
+def test_a_process_with_an_odd_name_has_a_start_time(tmp_path: Path) -> None:
+    program = tmp_path / "a) R (b"
+    program.symlink_to("/bin/sleep")
+    process = subprocess.Popen([str(program), "30"])
+    try:
+        found = start_time(process.pid)
+        assert found is not None
+        assert found >= (start_time(os.getpid()) or 0)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_signals_to_what_is_gone_are_no_error() -> None:
+    process = subprocess.Popen(["true"], start_new_session=True)
+    process.wait()
+    assert not signal_group(process.pid, signal.SIGTERM)
+    signal_process(process.pid, signal.SIGTERM)
+
+
+def test_orphans_are_collected_and_our_own_children_left_to_their_starters() -> None:
+    """In a process of its own, since it collects whatever zombie it has."""
+    code = """
+import os, subprocess, sys, time
+from heeler.app.processes import OrphanReaper, become_reaper, _own_zombies
+become_reaper()
+subprocess.run([sys.executable, "-c", "import os\\nif os.fork() == 0: os._exit(0)"])
+own = subprocess.Popen(["true"])
+while len(list(_own_zombies())) < 2: time.sleep(0.01)
+reaper = OrphanReaper()
+first = reaper.look()
+own.wait()
+print(first, reaper.look(), list(_own_zombies()), own.returncode)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+    assert done.stdout.strip() == "0 1 [] 0", done.stderr
+    assert OrphanReaper().look() == 0
+
+
+def test_a_childs_end_is_told_as_a_person_would() -> None:
+    assert str(Exit(3, None)) == "exit code 3"
+    assert str(Exit(None, signal.SIGKILL)) == "killed by SIGKILL"
+    assert str(Exit(None, 35)) == "killed by signal 35"
+
+
+async def _run(argv: list[str], register: Register, environment: dict[str, str] | None = None) -> tuple[Exit, bytes]:
+    output = bytearray()
+    inherited = {"PATH": os.environ["PATH"], **(environment or {})}
+    async with child(argv, inherited, [output.extend], [output.extend], register) as running:
+        how = await running.wait()
+    return how, bytes(output)
+
+
+@pytest.mark.parametrize(
+    ("argv", "how", "output"),
+    [
+        (["sh", "-c", "echo out; echo err >&2; exit 7"], Exit(7, None), {b"out\n", b"err\n"}),
+        (["sh", "-c", "kill -9 $$"], Exit(None, 9), set()),
+        (["printf", "%s|", "a b", "", "*", "$HOME"], Exit(0, None), {b"a b||*|$HOME|"}),
+    ],
+)
+def test_a_child_runs_without_a_shell_and_its_end_and_output_are_known(
+    argv: list[str], how: Exit, output: set[bytes]
+) -> None:
+    register = Register()
+    found, data = anyio.run(_run, argv, register)
+    assert found == how
+    assert all(part in data for part in output)
+    assert [name for name, _ in register.calls] == ["started", "ended"]
+    assert register.calls[0][1] == register.calls[1][1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["no-such-program-here"], "No such file"),
+        (["/etc/passwd"], "Permission denied"),
+        (["/tmp"], "Permission denied"),
+        (["true", "x" * 200_000], "too long"),
+        (["true", *["x" * 100_000] * 40], "too long"),
+    ],
+    ids=["missing", "no program", "folder", "one argument too long", "all too long"],
+)
+def test_a_program_that_can_not_be_started_says_why_and_leaves_nothing(argv: list[str], why: str) -> None:
+    register = Register()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(CannotStartError, match=why):
+        anyio.run(_run, argv, register)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert [name for name, _ in register.calls] in ([], ["started", "ended"])
+
+
+def test_when_the_block_ends_no_descendant_is_left() -> None:
+    register = Register()
+
+    async def leave() -> None:
+        with anyio.move_on_after(5):
+            async with child([sys.executable, "-c", TREE], dict(os.environ), [seen.extend], [], register):
+                while b"up" not in seen:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)
+                raise LookupError
+
+    seen = bytearray()
+    with pytest.raises(LookupError):
+        anyio.run(leave)
+    assert tagged(register.calls[0][1].tag) == []
