@@ -6,14 +6,50 @@ Blocking calls only.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from heeler_sync.errors import LocalFileError
+from heeler_sync.errors import FolderBusyError, LocalFileError
 from heeler_sync.paths import NOT_A_FILE_OF_THE_JOB, OWN_FOLDER
 from heeler_sync.tree import Stamp
+
+
+def locked_folder(root: Path) -> AbstractContextManager[None]:
+    """Hold a folder, which is created if it is not there, against other processes of this machine.
+
+    Returns:
+        A context that lets go of it when it ends; the kernel does when we die.
+
+    Raises:
+        FolderBusyError: Another process holds it.
+        LocalFileError: It can't be created.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileExistsError, NotADirectoryError):
+        raise LocalFileError(str(root), "is not a folder") from None
+    except OSError as error:
+        raise LocalFileError(str(root), f"cannot be used: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise FolderBusyError(str(root)) from None
+    return _closed_at_the_end(descriptor)
+
+
+@contextmanager
+def _closed_at_the_end(descriptor: int) -> Iterator[None]:
+    """Close a descriptor when the block ends."""
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def move_aside(root: Path, keep: Collection[str], nested: Collection[Path]) -> int:

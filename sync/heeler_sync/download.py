@@ -12,12 +12,11 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import anyio
-import anyio.to_thread
 from blake3 import blake3
 
 from heeler_sync.errors import (
@@ -31,6 +30,7 @@ from heeler_sync.errors import (
 from heeler_sync.paths import OWN_FOLDER, Location, is_own, relative_path
 from heeler_sync.store.base import DIGEST_KEY, ObjectInfo, ObjectStore
 from heeler_sync.store.retry import RetryPolicy
+from heeler_sync.threads import in_thread
 from heeler_sync.tree import Stamp
 from heeler_sync.upload import Stored, digest_file
 
@@ -70,14 +70,14 @@ async def in_place(wanted: Wanted, root: Path) -> Stored | None:
     Raises:
         StoreError: The object can't be asked.
     """
-    if not await anyio.to_thread.run_sync(_may_be_in_place, root, wanted):
+    if not await in_thread(_may_be_in_place, root, wanted):
         return None
     info = await wanted.store.head(wanted.info.key)
     expected = info.metadata.get(DIGEST_KEY)
     if expected is None or info.size != wanted.info.size:
         return None
-    found = await anyio.to_thread.run_sync(digest_file, root, wanted.relative)
-    return found if found.digest == expected else None
+    found = await in_thread(digest_file, root, wanted.relative)
+    return replace(found, etag=info.etag) if found.digest == expected else None
 
 
 def _may_be_in_place(root: Path, wanted: Wanted) -> bool:
@@ -100,11 +100,11 @@ async def fetch(wanted: Wanted, root: Path, policy: RetryPolicy) -> Stored | Non
         try:
             info = await partial.fill(policy)
             if partial.verified(info):
-                return await anyio.to_thread.run_sync(partial.move_into_place)
+                return replace(await in_thread(partial.move_into_place), etag=info.etag)
         except ObjectNotFoundError:
             # obstore lists a folder marker "a/" as "a" of no bytes; there is no such object to get.
             if wanted.info.size == 0:
-                await anyio.to_thread.run_sync(_make_folder, root / wanted.relative)
+                await in_thread(_make_folder, root / wanted.relative)
                 return None
             raise
         except OSError as error:

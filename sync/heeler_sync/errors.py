@@ -89,6 +89,10 @@ class ObjectReplacedError(SyncError):
         super().__init__(f"s3://{bucket}/{key} was changed by somebody else")
 
 
+class PermitInDoubtError(SyncError):
+    """The right to change storage is in doubt; what was under way had no effect. Ask for it anew and repeat."""
+
+
 class LocalFileError(SyncError):
     """A local folder or file can't be used as asked: missing rights, a full disk, a path in the way.
 
@@ -99,6 +103,13 @@ class LocalFileError(SyncError):
     def __init__(self, path: str, detail: str) -> None:
         self.path = path
         super().__init__(f"{path}: {detail}")
+
+
+class FolderBusyError(LocalFileError):
+    """Another process uses the folder for a job of its own."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "is in use by another job; give workers on one machine folders of their own")
 
 
 class FileChangedError(SyncError):

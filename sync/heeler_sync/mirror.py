@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
-import anyio.to_thread
 from anyio.abc import TaskGroup
 
 from heeler_sync.errors import LocalFileError, SyncError
 from heeler_sync.openfiles import open_for_writing
-from heeler_sync.paths import Location
+from heeler_sync.paths import Location, why_no_key
 from heeler_sync.sender import Ended, MirrorContext, Sender
 from heeler_sync.settle import Settler
 from heeler_sync.store.base import ObjectStore
-from heeler_sync.tree import Scan, Stamp, examine, scan
+from heeler_sync.threads import in_thread
+from heeler_sync.tree import Scan, Stamp, examine, identify, scan
 from heeler_sync.upload import Stored
 from heeler_sync.watch import CLOSED, GONE, Batch, TreeWatch
 
@@ -74,10 +74,13 @@ class Mirror:
         self._sender = Sender(store, location, root, context)
         self._settler = Settler(context.times)
         self._stored = dict(stored or {})
+        self._tried: set[str] = set()
         self._seen: dict[str, Stamp] = {path: known.stamp for path, known in self._stored.items()}
         self._left_out: set[str] = set()
         self._capture: Capture | None = None
         self._captured = False
+        self._frozen_at: float | None = None
+        self._identity: tuple[int, int] | None = None
         self._sending: dict[str, int] = {}
         self._next_scan = -math.inf
         self._scan_seconds = _SCAN_SECONDS
@@ -106,6 +109,10 @@ class Mirror:
         """The size in bytes of the largest file seen: what a last checkpoint may add."""
         return max((stamp.size for stamp in self._seen.values()), default=0)
 
+    def freeze(self) -> None:
+        """The program has just ended: what has not settled by now may be half a save, closed by its death."""
+        self._frozen_at = anyio.current_time()
+
     def end(self, capture: Capture) -> None:
         """The program is over: capture what `capture` allows, then let `run` return."""
         self._capture = capture
@@ -114,15 +121,27 @@ class Mirror:
 
     async def run(self) -> None:
         """Mirror until `end` was called and what it allows is durable, or refused for good (`refusal`)."""
+        try:
+            async with anyio.create_task_group() as group:
+                while not await self._follow(group):
+                    self._next_scan = -math.inf
+                group.cancel_scope.cancel()
+        finally:
+            self.finished.set()
+
+    async def _follow(self, group: TaskGroup) -> bool:
+        """Watch one folder until all is done; False when another one stands in its place."""
         async with AsyncExitStack() as stack:
-            stack.callback(self.finished.set)
             watch = None if self._capture else await self._watch(stack)
-            group = await stack.enter_async_context(anyio.create_task_group())
+            identity = self._identity = await in_thread(identify, self.root)
             while not await self._step(watch, group):
+                if self._identity != identity and self._capture is None:
+                    return False
                 await self._wait_for_news()
-            group.cancel_scope.cancel()
+        return True
 
     async def _watch(self, stack: AsyncExitStack) -> TreeWatch | None:
+        self._scan_seconds = _SCAN_SECONDS
         try:
             return await stack.enter_async_context(TreeWatch(self.root, self._rouse))
         except OSError as error:
@@ -155,18 +174,27 @@ class Mirror:
         return self._captured and not self._settler.busy
 
     async def _wait_for_news(self) -> None:
-        due = self._settler.next_due() if self._room() else None
+        due = self._settler.next_due() if self._room() and not self._waits_for_capture() else None
         until = min(math.inf if due is None else due, math.inf if self._captured else self._next_scan)
         with anyio.move_on_after(max(0.0, until - anyio.current_time())):
             await self._news.wait()
         self._news = anyio.Event()
 
     def _take(self, batch: Batch, now: float) -> None:
+        """Changes before deletions: a deletion then waits for what came with it, too."""
+        origins: dict[str, int] = {}
+        for source, target in batch.moves:
+            sequence = origins.get(source, self._settler.sequence(source))
+            if sequence is not None:
+                origins[target] = sequence
+        for relative, what in batch.files.items():
+            if what != GONE and self._include(relative) and why_no_key(relative) is None:
+                self._settler.changed(relative, now, closed=what == CLOSED)
+        for relative, sequence in origins.items():
+            self._settler.inherit(relative, sequence)
         for relative, what in batch.files.items():
             if what == GONE:
                 self._note_gone(relative)
-            elif self._include(relative):
-                self._settler.changed(relative, now, closed=what == CLOSED)
         if batch.rescan:
             self._next_scan = min(self._next_scan, now + _SCAN_SOON_SECONDS)
         for relative in self._settler.overdue(now):
@@ -176,21 +204,27 @@ class Mirror:
         if capture.whole:
             await self._compare(now, settled=True)
         else:
-            self._settler.drop_unsettled(now)
+            self._settler.drop_unsettled(now if self._frozen_at is None else self._frozen_at)
 
     async def _compare(self, now: float, *, settled: bool) -> None:
         """A scan is the truth; what it finds that we did not know is a change like any other."""
         try:
-            found = await anyio.to_thread.run_sync(scan, self.root, self._include)
+            found = await in_thread(scan, self.root, self._include)
         except FileNotFoundError:
             # A folder that is gone as a whole may be an unmounted disk: storage keeps what it has.
-            self._event("folder_missing", folder=str(self.root))
+            if self._identity is not None or self._captured:
+                self._event("folder_missing", folder=str(self.root))
+            self._identity = None
+            self._settler.keep_vanished()
+            if not self._deletes:
+                self._sender.refusal = LocalFileError(str(self.root), "is gone, and the job owes what was in it")
             return
         except LocalFileError as error:
             self._event("scan_failed", folder=str(self.root), error=str(error))
             if self._captured:
                 self._sender.refusal = error
             return
+        self._identity = found.identity
         self._report_left_out(found)
         unsent = self._settler.unsent()
         for relative, stamp in found.files.items():
@@ -205,7 +239,8 @@ class Mirror:
 
     def _note_gone(self, relative: str) -> None:
         self._seen.pop(relative, None)
-        self._settler.vanished(relative, stored=relative in self._stored)
+        # What was tried may be stored, though we never heard of it.
+        self._settler.vanished(relative, stored=relative in self._stored or relative in self._tried)
 
     def _report_left_out(self, found: Scan) -> None:
         for relative, reason in found.left_out.items():
@@ -218,10 +253,12 @@ class Mirror:
             self._event("file_left_out", file=relative, reason=reason)
 
     async def _start_uploads(self, group: TaskGroup) -> None:
+        if self._waits_for_capture():
+            return
         quiet = self._settler.quiet(anyio.current_time())[: self._room()]
         if not quiet:
             return
-        states = await anyio.to_thread.run_sync(_states, self.root, quiet, not self._captured)
+        states = await in_thread(_states, self.root, quiet, not self._captured)
         now = anyio.current_time()
         for relative, state in states.items():
             if state is None:
@@ -234,8 +271,13 @@ class Mirror:
             elif self._room():
                 self._seen[relative] = state.stamp
                 self._sending[relative] = state.stamp.size
+                self._tried.add(relative)
                 self._settler.start(relative)
                 group.start_soon(self._upload, relative, state.stamp)
+
+    def _waits_for_capture(self) -> bool:
+        """Whether the program has ended, and what it was allowed to leave is not known yet."""
+        return self._frozen_at is not None and not self._captured
 
     def _room(self) -> int:
         """How many more files may be sent now."""
@@ -248,10 +290,11 @@ class Mirror:
             self._stored[relative] = stored
         elif ended is Ended.GONE:
             self._note_gone(relative)
-        elif ended is Ended.CHANGED and self._may_take_newer() and not self._settler.is_dirty(relative):
+        newer = self._seen.get(relative, settled) != settled  # a scan saw it meanwhile, without an event
+        if (ended is Ended.CHANGED or newer) and self._may_take_newer() and not self._settler.is_dirty(relative):
             self._settler.changed(relative, anyio.current_time(), closed=self._captured)
         del self._sending[relative]
-        self._settler.done(relative)
+        self._settler.done(relative, durable=ended is Ended.DURABLE)
         self._news.set()
 
     def _may_take_newer(self) -> bool:
@@ -259,8 +302,11 @@ class Mirror:
         return self._capture is None or self._capture.whole
 
     async def _delete(self, relative: str) -> None:
+        # Forgotten first: whether a delete without an answer took effect is not known.
+        self._stored.pop(relative, None)
+        self._tried.add(relative)
         if await self._sender.delete(relative, lambda: self._settler.is_dirty(relative)):
-            self._stored.pop(relative, None)
+            self._tried.discard(relative)
         self._settler.deleted(relative)
         self._news.set()
 

@@ -79,11 +79,22 @@ def relative_path(key: str, prefix: str) -> str:
     for part in relative.split("/"):
         if part in ("", ".", ".."):
             raise UnsafeKeyError(key, f"its part {part!r} leads out of its folder or nowhere")
-        if "\0" in part or "\n" in part:
-            raise UnsafeKeyError(key, "it contains a NUL or a line break")
+        if why := why_no_key(part):
+            raise UnsafeKeyError(key, why)
         if len(part.encode("utf-8", "surrogateescape")) > _MAX_NAME_BYTES:
             raise UnsafeKeyError(key, f"a part of it is longer than {_MAX_NAME_BYTES} bytes")
     return relative
+
+
+def why_no_key(relative: str) -> str | None:
+    """Why a local file's name can't be a key that every store and tool takes; None if it can."""
+    try:
+        relative.encode("utf-8")
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+    if any(ord(character) < 32 or ord(character) == 127 for character in relative):
+        return "its name contains a control character"
+    return None
 
 
 def is_own(relative: str) -> bool:

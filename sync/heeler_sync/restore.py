@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import anyio
-import anyio.to_thread
 
 from heeler_sync.aside import move_aside, remove_incoming
 from heeler_sync.download import Wanted, check_space, fetch, in_place, list_wanted
@@ -21,6 +18,7 @@ from heeler_sync.paths import Location
 from heeler_sync.progress import Progress
 from heeler_sync.store.base import ObjectStore
 from heeler_sync.store.retry import RetryPolicy
+from heeler_sync.threads import in_thread
 from heeler_sync.upload import Stored
 
 _AT_ONCE = 16
@@ -99,12 +97,13 @@ class Restore:
         async def check(item: Wanted) -> None:
             found = await in_place(item, root)
             if found is not None:
-                kept[item.relative] = self._note(root, item, found)
+                kept[item.relative] = found
+                self._note(root, item, found)
 
         await for_each(wanted.values(), check, _AT_ONCE)
-        moved = await anyio.to_thread.run_sync(move_aside, root, kept, nested)
+        moved = await in_thread(move_aside, root, kept, nested)
         missing = [item for relative, item in wanted.items() if relative not in kept]
-        await anyio.to_thread.run_sync(check_space, root, sum(item.info.size for item in missing))
+        await in_thread(check_space, root, sum(item.info.size for item in missing))
         self._progress.files_kept += len(kept)
 
         async def download(item: Wanted) -> None:
@@ -115,16 +114,14 @@ class Restore:
             self._progress.bytes_down += item.info.size
 
         await for_each(missing, download, _AT_ONCE)
-        await anyio.to_thread.run_sync(remove_incoming, root)
+        await in_thread(remove_incoming, root)
         self._on_event(
             "folder_restored",
             {"folder": str(root), "downloaded": len(missing), "kept": len(kept), "moved_aside": moved},
         )
 
-    def _note(self, root: Path, item: Wanted, found: Stored) -> Stored:
-        stored = replace(found, etag=item.info.etag)
-        self._restored.files.setdefault(root, {})[item.relative] = (item, stored)
-        return stored
+    def _note(self, root: Path, item: Wanted, found: Stored) -> None:
+        self._restored.files.setdefault(root, {})[item.relative] = (item, found)
 
 
 def _without_markers(wanted: dict[str, Wanted]) -> dict[str, Wanted]:

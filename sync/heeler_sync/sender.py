@@ -19,8 +19,10 @@ from heeler_sync.errors import (
     LocalFileError,
     ObjectReplacedError,
     PermanentStoreError,
+    PermitInDoubtError,
     SyncError,
     TransientStoreError,
+    UnsafeKeyError,
 )
 from heeler_sync.events import EventSink
 from heeler_sync.paths import Location
@@ -46,6 +48,10 @@ class Permit(Protocol):
         """Something hints that the right is gone: return only after it was confirmed anew."""
         ...
 
+    def certain(self) -> bool:
+        """Whether the right is certain now; any thread may ask."""
+        ...
+
 
 class AlwaysPermitted:
     """The permit of a caller who shares storage with nobody."""
@@ -55,6 +61,10 @@ class AlwaysPermitted:
 
     async def doubt(self) -> None:
         """Return at once."""
+
+    def certain(self) -> bool:
+        """Always."""
+        return True
 
 
 @dataclass
@@ -108,13 +118,15 @@ class Sender:
                 return Ended.GONE, None
             except FileChangedError:
                 return Ended.CHANGED, None
+            except PermitInDoubtError:
+                continue
             except ObjectReplacedError as error:
-                self._event("object_replaced", key=key, error=str(error))
+                await self._pause("object_replaced", key, error, backoff.next())
                 await self._context.permit.doubt()
                 known = None if known is None else replace(known, digest="", etag="")
             except TransientStoreError as error:
                 await self._pause("upload_retried", key, error, backoff.next())
-            except (PermanentStoreError, LocalFileError) as error:
+            except (PermanentStoreError, LocalFileError, UnsafeKeyError) as error:
                 if self.over.is_set():
                     self.refusal = error
                     return Ended.REFUSED, None
@@ -123,7 +135,8 @@ class Sender:
     async def _upload(self, key: str, relative: str, settled: Stamp, known: Stored | None) -> Stored:
         progress = self._context.progress
         with progress.sending():
-            stored, sent = await upload_file(self._store, key, self._root, relative, settled, known)
+            permitted = self._context.permit.certain
+            stored, sent = await upload_file(self._store, key, self._root, relative, settled, known, permitted)
             progress.bytes_up += sent
         if known is None or known.digest != stored.digest:
             progress.files_up += 1
@@ -131,7 +144,7 @@ class Sender:
         return stored
 
     async def delete(self, relative: str, is_back: Callable[[], bool]) -> bool:
-        """Delete the object of a vanished file unless `is_back()`; whether it is deleted."""
+        """Delete the object of a vanished file, unless the file `is_back()` first; whether it is certainly gone."""
         key = self._location.key(relative)
         backoff = self._context.backoff()
         while not is_back():
@@ -141,10 +154,10 @@ class Sender:
             except TransientStoreError as error:
                 await self._pause("delete_retried", key, error, backoff.next())
             except PermanentStoreError as error:
-                self._event("delete_refused", key=key, error=str(error))
                 if self.over.is_set():
                     self.refusal = error
-                return False
+                    return False
+                await self._pause("delete_refused", key, error, _REFUSED_RETRY_SECONDS)
             else:
                 self._context.progress.deleted += 1
                 self._event("deleted", key=key)

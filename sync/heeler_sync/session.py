@@ -6,6 +6,7 @@
         ...                                  # the program runs
         await session.flush(Capture(whole=True))
     await session.publish()
+    session.close()
 
 Every method raises `SyncError` and its kinds; when one returns, what it promises is durable.
 """
@@ -13,14 +14,13 @@ Every method raises `SyncError` and its kinds; when one returns, what it promise
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
-import anyio.to_thread
 
-from heeler_sync.aside import remove_stored
+from heeler_sync.aside import locked_folder, remove_stored
 from heeler_sync.events import EventSink
 from heeler_sync.groups import background
 from heeler_sync.mirror import Capture, Mirror
@@ -30,6 +30,7 @@ from heeler_sync.sender import MirrorContext, Permit
 from heeler_sync.settle import SettleTimes
 from heeler_sync.store.base import ObjectStore
 from heeler_sync.store.retry import RetryingStore, RetryPolicy
+from heeler_sync.threads import in_thread
 from heeler_sync.upload import Stored
 
 __all__ = ["Capture", "Plan", "Session", "SyncFolder", "Unsent"]
@@ -99,13 +100,17 @@ class Session:
         self._context = MirrorContext(times or SettleTimes(), permit, on_event, self.progress)
         self._restored = Restored()
         self._mirrors: list[Mirror] = []
+        self._locks = ExitStack()
 
     async def restore(self) -> None:
         """Make every folder of the plan equal to what `before` names; other files are moved aside.
 
         Raises:
+            FolderBusyError: Another process uses one of the folders now.
             SyncError: It can't be had; the program must not start.
         """
+        for root in self._plan.roots():
+            self._locks.enter_context(await in_thread(locked_folder, root))
         restore = Restore(self._retrying_store, self._policy, self.progress, self._on_event)
         self._restored = await restore.run(self._plan.before, self._plan.roots())
 
@@ -115,6 +120,11 @@ class Session:
         self._mirrors = [self._mirror(folder, deletes=True) for folder in self._plan.during]
         async with background(*(mirror.run for mirror in self._mirrors)):
             yield
+
+    def freeze(self) -> None:
+        """Inside `watching`: the program ended this very moment; what has not settled may be half a save."""
+        for mirror in self._mirrors:
+            mirror.freeze()
 
     async def flush(self, capture: Capture) -> None:
         """Inside `watching`, after the program ended: make durable what `capture` allows of `during`.
@@ -147,7 +157,11 @@ class Session:
             kept.setdefault(mirror.root, {}).update(mirror.stored)
         for root, stored in kept.items():
             stamps = {relative: known.stamp for relative, known in stored.items()}
-            await anyio.to_thread.run_sync(remove_stored, root, stamps)
+            await in_thread(remove_stored, root, stamps)
+
+    def close(self) -> None:
+        """Let others use the folders. Nothing of the session may be used afterwards."""
+        self._locks.close()
 
     @staticmethod
     async def _finish(mirrors: list[Mirror], capture: Capture) -> None:
@@ -166,7 +180,7 @@ class Session:
     async def unsent(self) -> Unsent:
         """What is not durable yet."""
         paths = set().union(*(mirror.unsent() for mirror in self._mirrors))
-        size = await anyio.to_thread.run_sync(_total_size, paths)
+        size = await in_thread(_total_size, paths)
         oldest = [since for since in (mirror.oldest_unsent() for mirror in self._mirrors) if since is not None]
         return Unsent(len(paths), size, anyio.current_time() - min(oldest) if oldest else 0.0)
 

@@ -30,6 +30,8 @@ class SettleTimes:
 @dataclass
 class _Dirty:
     sequence: int
+    """Its own number; or that of an older state of the same content's, as long as that one is not durable."""
+    own: int
     since: float
     last: float
     closed: bool
@@ -67,9 +69,22 @@ class Settler:
         wait = 0.0 if settled else self._times.debounce
         dirty = self._dirty.get(path)
         if dirty is None:
-            self._dirty[path] = _Dirty(next(self._sequence), now, now, closed or settled, now + wait)
+            own = next(self._sequence)
+            sequence = self._in_flight.get(path, own)
+            self._dirty[path] = _Dirty(sequence, own, now, now, closed or settled, now + wait)
         else:
             dirty.last, dirty.closed, dirty.not_before = now, closed or settled, now + wait
+
+    def sequence(self, path: str) -> int | None:
+        """The number of a file's oldest state that is not durable; None if it has none."""
+        dirty = self._dirty.get(path)
+        return dirty.sequence if dirty is not None else self._in_flight.get(path)
+
+    def inherit(self, path: str, sequence: int) -> None:
+        """A dirty file has its content from one that was dirty under this number: it was renamed."""
+        dirty = self._dirty.get(path)
+        if dirty is not None:
+            dirty.sequence = min(dirty.sequence, sequence)
 
     def vanished(self, path: str, *, stored: bool) -> None:
         """A file is gone; its object is to be deleted if it is `stored` or on its way there."""
@@ -95,13 +110,24 @@ class Settler:
         """A file's current state is being sent."""
         self._in_flight[path] = self._dirty.pop(path).sequence
 
-    def done(self, path: str) -> None:
-        """The sending of a file ended: durable, or `changed` again, or `vanished`."""
+    def done(self, path: str, *, durable: bool) -> None:
+        """The sending of a file ended: `durable`, or `changed` again, or `vanished`.
+
+        A newer state that waits keeps the number of the older one unless that is durable: a deletion in between
+        must not overtake both.
+        """
         del self._in_flight[path]
+        dirty = self._dirty.get(path)
+        if dirty is not None and durable:
+            dirty.sequence = dirty.own
 
     def drop_unsettled(self, now: float) -> None:
         """Forget what had not settled by `now`, and deletions: a program that died may have died inside a save."""
         self._dirty = {path: dirty for path, dirty in self._dirty.items() if self._has_settled(dirty, now)}
+        self._gone.clear()
+
+    def keep_vanished(self) -> None:
+        """Delete nothing of what vanished so far: the folder as a whole is gone."""
         self._gone.clear()
 
     def _has_settled(self, dirty: _Dirty, now: float) -> bool:

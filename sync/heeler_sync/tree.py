@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from heeler_sync.errors import LocalFileError
-from heeler_sync.paths import NOT_A_FILE_OF_THE_JOB, OWN_FOLDER, is_own
+from heeler_sync.paths import NOT_A_FILE_OF_THE_JOB, OWN_FOLDER, is_own, why_no_key
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,23 @@ class Scan:
     """The files of a folder at about one time.
 
     Attributes:
+        identity: Which folder it was (`identify`).
         files: Stamps by relative path.
         left_out: What is there but not taken, with the reason, by relative path.
     """
 
+    identity: tuple[int, int] | None = None
     files: dict[str, Stamp] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+
+
+def identify(root: Path) -> tuple[int, int] | None:
+    """Which folder stands at a path (device and inode); None if there is none."""
+    try:
+        status = root.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def scan(root: Path, include: Callable[[str], bool]) -> Scan:
@@ -59,8 +70,8 @@ def scan(root: Path, include: Callable[[str], bool]) -> Scan:
         FileNotFoundError: `root` itself is not there.
         LocalFileError: A folder can't be read.
     """
-    found = Scan()
-    root.stat()
+    status = root.stat()
+    found = Scan((status.st_dev, status.st_ino))
     real_root = os.path.realpath(root)
     _scan_folder(str(root), "", real_root, include, found)
     return found
@@ -85,6 +96,9 @@ def _scan_entry(
         _scan_folder(entry.path, relative + "/", real_root, include, found)
         return
     if not include(relative):
+        return
+    if why := why_no_key(relative):
+        found.left_out[relative] = why
         return
     try:
         state = examine(entry.path, real_root)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import anyio
-import anyio.to_thread
 from blake3 import blake3
 
 from heeler_sync.errors import (
@@ -21,10 +20,12 @@ from heeler_sync.errors import (
     LocalFileError,
     ObjectNotFoundError,
     ObjectReplacedError,
+    PermitInDoubtError,
     PreconditionFailedError,
     TransientStoreError,
 )
 from heeler_sync.store.base import DIGEST_KEY, Condition, ObjectStore
+from heeler_sync.threads import in_thread
 from heeler_sync.tree import Stamp, open_inside
 
 _READ_BYTES = 1 << 20
@@ -48,11 +49,15 @@ class Stored:
 class _HashingReader:
     """Reads one open file part by part, hashes what passes, and refuses to end if the file is not the same file."""
 
-    def __init__(self, descriptor: int, path: str, expected: Stored, part_bytes: int) -> None:
-        self._descriptor = descriptor
+    def __init__(
+        self, descriptor: int, path: str, expected: Stored, part_bytes: int, permitted: Callable[[], bool]
+    ) -> None:
+        # Its own: an upload that was given up may still read when the caller has closed the file.
+        self._file = os.fdopen(os.dup(descriptor), "rb", buffering=0)
         self._path = path
         self._expected = expected
         self._part_bytes = part_bytes
+        self._permitted = permitted
         self._left = expected.stamp.size
         self._whole = blake3()
         self._parts = b""
@@ -61,7 +66,7 @@ class _HashingReader:
     def read(self, size: int = -1, /) -> bytes:
         """The next part; obstore asks for parts of the size that it was told."""
         wanted = self._part_bytes if size < 0 else min(size, self._part_bytes)
-        part = _read_exactly(self._descriptor, min(wanted, self._left), self._path)
+        part = _read_exactly(self._file.fileno(), min(wanted, self._left), self._path)
         if part:
             self._left -= len(part)
             self._whole.update(part)
@@ -72,9 +77,15 @@ class _HashingReader:
         return part
 
     def _check(self) -> None:
-        same = Stamp.of(os.fstat(self._descriptor)) == self._expected.stamp
+        same = Stamp.of(os.fstat(self._file.fileno())) == self._expected.stamp
         if not same or self._whole.hexdigest() != self._expected.digest:
             raise FileChangedError(self._path)
+        if not self._permitted():
+            raise PermitInDoubtError(self._path)
+
+    def close(self) -> None:
+        """Let go of the file; not to be called while an upload may still read."""
+        self._file.close()
 
     def etag(self) -> str:
         """The ETag of a multipart upload of these parts."""
@@ -112,8 +123,10 @@ def _digest(descriptor: int, path: str, expected: Stamp | None) -> Stored:
     if expected is not None and before != expected:
         raise FileChangedError(path)
     hasher = blake3()
-    while part := os.read(descriptor, _READ_BYTES):
+    left = before.size  # a file that grows faster than we read would keep us for ever
+    while left > 0 and (part := os.read(descriptor, min(left, _READ_BYTES))):
         hasher.update(part)
+        left -= len(part)
     os.lseek(descriptor, 0, os.SEEK_SET)
     if Stamp.of(os.fstat(descriptor)) != before:
         raise FileChangedError(path)
@@ -121,7 +134,13 @@ def _digest(descriptor: int, path: str, expected: Stamp | None) -> Stored:
 
 
 async def upload_file(
-    store: ObjectStore, key: str, root: Path, relative: str, settled: Stamp, known: Stored | None
+    store: ObjectStore,
+    key: str,
+    root: Path,
+    relative: str,
+    settled: Stamp,
+    known: Stored | None,
+    permitted: Callable[[], bool],
 ) -> tuple[Stored, int]:
     """Make the settled state of a file durable under `key`.
 
@@ -133,6 +152,8 @@ async def upload_file(
         settled: The state that settled; another one is not sent.
         known: What storage holds under the key, if we know. The same content is not sent again; other content
             replaces only that object, where the store enforces conditions and one request carries it.
+        permitted: Whether the right to change storage is certain; asked, from a worker thread too, right before
+            the request that makes the state visible.
 
     Returns:
         What storage holds now, and how many bytes were sent for it.
@@ -140,20 +161,24 @@ async def upload_file(
     Raises:
         FileNotFoundError: The file is gone.
         FileChangedError: It is no longer in the state that settled.
+        PermitInDoubtError: It is not certain that storage may be changed.
         ObjectReplacedError: Somebody else wrote the object since `known`.
         LocalFileError: It can't be read, or leads out of the folder.
         StoreError: The store did not take it.
     """
     path = str(root / relative)
-    descriptor = await anyio.to_thread.run_sync(open_inside, root, relative)
+    descriptor = await in_thread(open_inside, root, relative)
     try:
-        local = await anyio.to_thread.run_sync(_digest, descriptor, path, settled)
+        local = await in_thread(_digest, descriptor, path, settled)
         if known is not None and known.digest == local.digest and known.stamp.size == local.stamp.size:
             return replace(local, etag=known.etag), 0
+        if not permitted():
+            raise PermitInDoubtError(path)
         if local.stamp.size <= store.provider.part_bytes:
             etag = await _put_whole(store, key, descriptor, path, local, known)
         else:
-            etag = await _put_parts(store, key, descriptor, path, local)
+            reader = _HashingReader(descriptor, path, local, store.provider.part_bytes, permitted)
+            etag = await _put_parts(store, key, reader, local)
         return replace(local, etag=etag), local.stamp.size
     except FileNotFoundError:
         raise
@@ -173,33 +198,40 @@ async def _put_whole(
             raise FileChangedError(path)
         return data
 
-    data = await anyio.to_thread.run_sync(read)
+    data = await in_thread(read)
+    expected = f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
     condition = None
     if known is not None and known.etag and store.provider.conditional_writes:
         condition = Condition(if_match=known.etag)
     try:
         etag = await store.put(key, data, metadata={DIGEST_KEY: local.digest}, condition=condition)
     except (PreconditionFailedError, ObjectNotFoundError):
-        return await _resolve_replaced(store, key, local)
-    expected = f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
+        return await _resolve_replaced(store, key, local, expected)
     await _verify(store, key, local, etag, expected)
     return etag
 
 
-async def _resolve_replaced(store: ObjectStore, key: str, local: Stored) -> str:
+async def _resolve_replaced(store: ObjectStore, key: str, local: Stored, expected: str) -> str:
     """A condition failed: our own earlier try whose answer was lost, or somebody else. The object tells."""
     try:
         info = await store.head(key)
     except ObjectNotFoundError:
         raise ObjectReplacedError(store.bucket, key) from None
-    if info.metadata.get(DIGEST_KEY) != local.digest or info.size != local.stamp.size:
+    # The digest came from us along with bytes that may have been damaged on the way: the ETag is the store's own.
+    damaged = store.provider.etag_is_md5 and info.etag != expected
+    if info.metadata.get(DIGEST_KEY) != local.digest or info.size != local.stamp.size or damaged:
         raise ObjectReplacedError(store.bucket, key)
     return info.etag
 
 
-async def _put_parts(store: ObjectStore, key: str, descriptor: int, path: str, local: Stored) -> str:
-    reader = _HashingReader(descriptor, path, local, store.provider.part_bytes)
-    etag = await store.upload(key, reader, metadata={DIGEST_KEY: local.digest})
+async def _put_parts(store: ObjectStore, key: str, reader: _HashingReader, local: Stored) -> str:
+    try:
+        etag = await store.upload(key, reader, metadata={DIGEST_KEY: local.digest})
+    except Exception:
+        reader.close()
+        raise
+    # Not in `finally`: after a cancellation a thread may still read; the file is closed with its last reference.
+    reader.close()
     await _verify(store, key, local, etag, reader.etag())
     return etag
 
@@ -209,7 +241,8 @@ async def _verify(store: ObjectStore, key: str, local: Stored, etag: str, expect
     if etag == expected:
         return
     if store.provider.etag_is_md5 and etag:
-        raise TransientStoreError("PutObject", store.bucket, key, f"stored as {etag}, sent as {expected}")
+        detail = f"stored as {etag}, sent as {expected}; if the bucket encrypts with KMS, set --s3-provider aws"
+        raise TransientStoreError("PutObject", store.bucket, key, detail)
     info = await store.head(key)
     if info.size != local.stamp.size:
         raise TransientStoreError("PutObject", store.bucket, key, f"stored {info.size} of {local.stamp.size} bytes")

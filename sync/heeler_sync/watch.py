@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
-import anyio.to_thread
 from watchdog.events import (
     DirCreatedEvent,
     DirDeletedEvent,
@@ -29,6 +28,7 @@ from watchdog.events import (
 from watchdog.observers import Observer
 
 from heeler_sync.paths import is_own
+from heeler_sync.threads import in_thread
 
 _FILE_EVENTS = (FileClosedEvent, FileCreatedEvent, FileDeletedEvent, FileModifiedEvent, FileMovedEvent)
 _FOLDER_EVENTS = (DirCreatedEvent, DirDeletedEvent, DirMovedEvent)
@@ -42,10 +42,12 @@ class Batch:
 
     Attributes:
         files: The last thing that happened to each file (`CHANGED`, `CLOSED` or `GONE`), by relative path.
+        moves: Renames within the folder, from and to, in order.
         rescan: Whether a folder came, went or moved, so that only a scan tells.
     """
 
     files: dict[str, str] = field(default_factory=dict)
+    moves: list[tuple[str, str]] = field(default_factory=list)
     rescan: bool = False
 
 
@@ -62,8 +64,7 @@ class _Inbox(FileSystemEventHandler):
             if isinstance(event, _FOLDER_EVENTS):
                 self._batch.rescan = True
             elif isinstance(event, FileMovedEvent):
-                self._note(event.src_path, GONE)
-                self._note(event.dest_path, CLOSED)
+                self._note_move(event.src_path, event.dest_path)
             elif isinstance(event, FileDeletedEvent):
                 self._note(event.src_path, GONE)
             else:
@@ -72,12 +73,20 @@ class _Inbox(FileSystemEventHandler):
         if not woken:
             self._wake()
 
-    def _note(self, path: bytes | str, what: str) -> None:
-        relative = os.path.relpath(os.fsdecode(path), self._root)
-        if path and not relative.startswith("..") and not is_own(relative):
-            # Moved last: a path that went and came back must count as the newer of both.
-            self._batch.files.pop(relative, None)
-            self._batch.files[relative] = what
+    def _note_move(self, source: bytes | str, target: bytes | str) -> None:
+        before, after = self._note(source, GONE), self._note(target, CLOSED)
+        if before and after:
+            self._batch.moves.append((before, after))
+
+    def _note(self, path: bytes | str, what: str) -> str | None:
+        """Note what happened to a file, if it is one of ours; its relative path then."""
+        relative = os.path.relpath(os.fsdecode(path), self._root) if path else ".."
+        if relative == ".." or relative.startswith("../") or is_own(relative):
+            return None
+        # Moved last: a path that went and came back must count as the newer of both.
+        self._batch.files.pop(relative, None)
+        self._batch.files[relative] = what
+        return relative
 
     def drain(self) -> Batch:
         with self._lock:
@@ -108,12 +117,12 @@ class TreeWatch:
         self._observer.schedule(
             self._inbox, str(self._root), recursive=True, event_filter=[*_FILE_EVENTS, *_FOLDER_EVENTS]
         )
-        await anyio.to_thread.run_sync(self._observer.start)
+        await in_thread(self._observer.start)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(self._stop)
+            await in_thread(self._stop)
 
     def _stop(self) -> None:
         self._observer.stop()

@@ -140,7 +140,6 @@ def test_sigterm_during_the_last_upload_finishes_it_and_reports_the_job_done(wor
     assert world.stored("out/one") == b"1\n"
 
 
-@pytest.mark.xfail(reason="a put that hangs in its thread is waited for beyond the drain's deadline", run=False)
 @pytest.mark.parametrize("size", [10, 20 * MIB], ids=["small", "in parts"])
 def test_sigterm_while_storage_hangs_hands_the_job_back_and_exits_inside_the_grace(world: World, size: int) -> None:
     operation = "PutObject" if size < MIB else "UploadPart"

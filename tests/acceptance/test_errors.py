@@ -69,6 +69,7 @@ def test_a_wrong_flag_is_told_in_one_line(world: World, arguments: list[str], wo
         ({"HEELER_S3_ENDPOINT": "nonsense"}, "the storage endpoint is 'nonsense'"),
         ({"HEELER_S3_ENDPOINT": "http://[bad"}, "the storage endpoint is 'http://[bad'"),
         ({"HEELER_S3_ENDPOINT": "http://host:port"}, "the storage endpoint is 'http://host:port'"),
+        ({"HEELER_S3_ENDPOINT": "https://me:hidden@host"}, "holds a user name or password"),
         ({"HEELER_S3_ENDPOINT": "https://"}, "the storage endpoint is 'https://'"),
         ({"HEELER_S3_PROVIDER": "nobody"}, "HEELER_S3_PROVIDER is 'nobody'"),
         ({"HEELER_CHECKPOINTS": "s3:/oops"}, "'s3:/oops' is not of the form s3://bucket/prefix/"),
@@ -155,6 +156,23 @@ GOOD_BODY = json.dumps({"command": "true"})
             "sync.during.0.prefix: ",
         ),
         (b"\xff\xfe\x00", "document: "),
+        ('{"command": "true", "arguments": ["\\ud800"]}', "arguments.0: "),
+        ('{"command": "true", "\\ud800": 1}', "document: "),
+        ('{"command": "true", "heartbeat_interval": 0.0001}', "heartbeat_interval: "),
+        (
+            '{"command": "true", "sync": {"during": [{"bucket": "jobs", "prefix": "x/", "local_path": "a",'
+            ' "pattern": "(a+)+$"}]}}',
+            "sync.during.0.pattern: ",
+        ),
+        (
+            '{"command": "true", "sync": {"before": [{"bucket": "jobs", "prefix": "x/", "local_path": "a"},'
+            ' {"bucket": "jobs", "prefix": "y/", "local_path": "a/b"}]}}',
+            "sync.before.1.local_path: ",
+        ),
+        (
+            '{"command": "true", "sync": {"before": [{"bucket": "jobs", "prefix": "x/", "local_path": "queue/x"}]}}',
+            "sync.before.0.local_path: ",
+        ),
     ],
 )
 def test_a_poison_message_fails_with_a_reason_that_names_the_field_and_the_worker_goes_on(

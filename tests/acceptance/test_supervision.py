@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -48,7 +49,6 @@ def test_a_second_runtime_on_the_same_state_folder_is_refused_in_one_line(world:
         assert first.process.poll() is None
 
 
-@pytest.mark.xfail(reason="descendants are found by their group and by a variable in their environment only")
 def test_a_process_that_hides_without_environment_or_session_dies_with_its_job(world: World) -> None:
     hidden = "env -i setsid bash -c 'echo $$ > '$W'/hidden; while :; do sleep 100; done' >/dev/null 2>&1 &"
     world.submit(world.bash(f"({hidden})\nwhile ! test -s $W/hidden; do sleep 0.01; done"))
@@ -60,6 +60,37 @@ def test_a_process_that_hides_without_environment_or_session_dies_with_its_job(w
         pid = world.told_pid("hidden")
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
+
+
+def test_a_full_state_folder_ends_no_runtime_and_the_job_is_handed_on(world: World) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a small disk")
+    disk = world.folder / "state-a"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        world.submit(world.bash(f"head -c 5000000 /dev/zero > {disk}/filler; exit 0"), "filling")
+        with world.worker("--control", "127.0.0.1:0", name="a") as worker:
+            worker.wait_for("job_settled", job_id="filling", timeout=30)
+            for _ in range(3):
+                world.submit(world.bash("exit 0"), job_id := f"job-{len(worker.find('job_settled'))}")
+                worker.wait_for("job_settled", job_id=job_id)
+            assert worker.process.poll() is None
+            worker.wait_for("journal_failed")
+            reasons = [event["reason"] for event in worker.find("job_settled", outcome="release")]
+            assert any(f"the state folder {disk} can't be written" in reason for reason in reasons), reasons
+            worker.signal(signal.SIGTERM)
+            assert worker.wait() == 0
+        with world.worker("--control", "127.0.0.1:0", name="a") as worker:
+            worker.wait_for("control_address_not_kept")
+            worker.wait_for("phase", phase="receive")
+        (disk / "filler").unlink()
+        with world.worker(name="a"):
+            world.wait_state("done", job_id)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 # Output.

@@ -224,6 +224,25 @@ async def test_an_upload_cancelled_between_two_parts_is_aborted(
     assert reader.reads == reads
 
 
+async def test_an_upload_that_can_not_become_visible_any_more_is_not_waited_for_while_the_store_hangs(
+    server: S3Server, store: S3ObjectStore, bucket: str
+) -> None:
+    """Its reader has not come to its end and is stopped: nothing that is still on its way can complete it."""
+
+    class Endless:
+        def read(self, size: int = -1, /) -> bytes:
+            return b"x" * size
+
+    rule = server.faults.add(Stall(), bucket=bucket, operation="UploadPart")
+    async with anyio.create_task_group() as group:
+        group.start_soon(store.upload, "k", Endless())
+        await anyio.to_thread.run_sync(rule.wait_held)
+        cancelled = anyio.current_time()
+        group.cancel_scope.cancel()
+        threading.Timer(3.0, rule.release).start()
+    assert anyio.current_time() - cancelled < 2
+
+
 async def test_a_cancelled_put_is_waited_for(server: S3Server, store: S3ObjectStore, bucket: str) -> None:
     rule = server.faults.add(Stall(), bucket=bucket, operation="PutObject")
     async with anyio.create_task_group() as group:

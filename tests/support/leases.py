@@ -16,7 +16,7 @@ import anyio
 from heeler.app.base import Assignment
 from heeler.drain import Drain
 from heeler.job import Ending, Job, Outcome, Result
-from heeler.sources.base import Lease, LeaseState, SourceUnavailableError
+from heeler.sources.base import Lease, LeaseState, SourceUnavailableError, Verdict
 
 HANG = object()
 """In a script: never answer."""
@@ -78,8 +78,8 @@ class ScriptedLease:
     async def fail(self, reason: str, *, result: Result) -> None:
         await self._settle("fail", reason=reason, result=result)
 
-    async def release(self, reason: str = "", *, delay: float = 0.0) -> None:
-        await self._settle("release", reason=reason, delay=delay)
+    async def release(self, reason: str = "", *, delay: float = 0.0, fruitless: bool = False) -> None:
+        await self._settle("release", reason=reason, delay=delay, fruitless=fruitless)
 
     @property
     def how(self) -> list[str]:
@@ -88,7 +88,7 @@ class ScriptedLease:
 
 
 class ScriptedSource:
-    """Gives the scripted leases (or raises), then says that nothing is left with `verdict` 0."""
+    """Gives the scripted leases (or raises), then says that nothing is left with a verdict."""
 
     name = "scripted"
 
@@ -106,8 +106,8 @@ class ScriptedSource:
         lease: Lease | None = await _play(self.script.pop(0))
         return lease
 
-    def verdict(self) -> int | None:
-        return self._verdict if not self.script else None
+    def verdict(self) -> Verdict | None:
+        return Verdict(self._verdict, "") if self._verdict is not None and not self.script else None
 
     async def aclose(self) -> None:
         return
@@ -124,6 +124,8 @@ class ScriptedFiles:
         self.hooks = dict(hooks or {})
         self.reserve_seconds = reserve_seconds
         self.count = 0
+        self.frozen = False
+        self.closed = False
 
     async def _do(self, name: str, *details: object) -> None:
         self.calls.append(" ".join([name, *map(str, details)]))
@@ -143,6 +145,12 @@ class ScriptedFiles:
 
     async def flush(self, *, whole: bool) -> None:
         await self._do("flush", "whole" if whole else "settled")
+
+    def freeze(self) -> None:
+        self.frozen = True
+
+    def close(self) -> None:
+        self.closed = True
 
     async def publish(self) -> None:
         await self._do("publish")
@@ -173,8 +181,10 @@ class ScriptedDelivery:
             with anyio.move_on_after(self.seconds if not math.isinf(self.seconds) else None):
                 await drain.requested.wait()
                 await anyio.sleep(self.stop_seconds)
+                assignment.ended()
                 return Ending(Outcome.RELEASE, "the worker was told to stop", Result(exit_code=0), whole=True)
         except anyio.get_cancelled_exc_class():
             self.cancelled += 1
             raise
+        assignment.ended()
         return self.ending

@@ -9,6 +9,7 @@ import pytest
 
 from heeler.config import MASK, Settings, environment_name, flag_name, load, secret_names
 from heeler.errors import UsageError
+from heeler.storage import stores
 
 
 @pytest.fixture(autouse=True)
@@ -197,3 +198,31 @@ def test_all_names_of_credentials_are_known() -> None:
 def test_the_state_folder_is_always_absolute() -> None:
     assert load({}, {}).settings.state_path.is_absolute()
     assert load({"state_dir": "x/y"}, {}).settings.state_path == Path.cwd() / "x/y"
+
+
+KUBERNETES = {
+    "HEELER_SERVICE_HOST": "10.0.0.1",
+    "HEELER_SERVICE_PORT": "80",
+    "HEELER_SERVICE_PORT_HTTP": "80",
+    "HEELER_PORT": "tcp://10.0.0.1:80",
+    "HEELER_PORT_80_TCP": "tcp://10.0.0.1:80",
+    "HEELER_PORT_80_TCP_PROTO": "tcp",
+    "HEELER_PORT_80_TCP_PORT": "80",
+    "HEELER_PORT_80_TCP_ADDR": "10.0.0.1",
+}
+
+
+def test_what_kubernetes_tells_of_a_service_named_heeler_is_no_setting() -> None:
+    load({}, KUBERNETES)
+    for name in ("HEELER_SERVICE_HOSTS", "HEELER_PORTS", "HEELER_PORT_TCP", "HEELER_SERVICE", "HEELER_PORT_80_TCP_X"):
+        assert f"{name} is no setting" in refused(environ={name: "x"})
+
+
+def test_a_password_in_the_endpoint_is_refused_and_never_shown() -> None:
+    for url in ("https://user:pass-w0rd@host", "https://user:pass-w0rd/x@host/y", "http://pass-w0rd@[bad"):
+        found = load({}, {"AWS_ENDPOINT_URL_S3": url})
+        assert "pass-w0rd" not in str(list(found.table()))
+        with pytest.raises(UsageError, match="leave it out") as caught:
+            stores(found.settings)
+        assert "pass-w0rd" not in str(caught.value)
+    stores(load({}, {"AWS_ENDPOINT_URL_S3": "https://host:8080"}).settings)

@@ -122,7 +122,7 @@ async def test_the_queue_is_told_again_until_the_deadline_and_not_beyond() -> No
     lease = ScriptedLease(settle_answers=[OUT_OF_REACH] * 999)
     world = World(lease, delivery=ScriptedDelivery(seconds=math.inf), grace=GRACE)
     took = await drained(world, 5.0)
-    assert GRACE - 0.1 <= took <= GRACE + 0.1
+    assert GRACE - 0.6 <= took <= GRACE
     assert len(lease.tries) > 4
     assert lease.how == []
     assert world.settled()["told"] is False
@@ -178,7 +178,7 @@ async def test_a_second_request_changes_neither_deadline_nor_reason() -> None:
     await anyio.sleep(1)
     assert not world.drain.begin("second")
     assert (world.drain.deadline, world.drain.reason) == (deadline, "first")
-    assert world.drain.left() == pytest.approx(GRACE - 1, abs=0.01)
+    assert world.drain.left() == pytest.approx(GRACE - 1 - 0.5, abs=0.01), "half a second is kept for the exit itself"
 
 
 async def test_a_failure_in_the_moment_of_the_drain_is_reported_as_the_failure_it_is() -> None:

@@ -92,6 +92,26 @@ def test_a_full_document_of_kelpies_is_taken() -> None:
         ({"sync": {"during": [{**ENTRY, "paterm": "x"}]}}, "sync.during.0.paterm"),
         ({"sync": {"during": [{**ENTRY, "mode": "delta"}]}}, "sync.during.0.mode"),
         ({"comand": "x"}, "comand"),
+        ({"arguments": ["a", "\ud800"]}, "arguments.1"),
+        ({"environment": {"A": "\udfff"}}, "environment.A"),
+        ({"environment": {"\ud800": "x"}}, "environment"),
+        ({"\ud800": "x"}, "document"),
+        ({"id": "\ud800"}, "id"),
+        ({"sync": {"before": [{**ENTRY, "prefix": "\ud800/"}]}}, "sync.before.0.prefix"),
+        ({"sync": {"during": [{**ENTRY, "pattern": "\ud800"}]}}, "sync.during.0.pattern"),
+        ({"timeout": 10 * 366 * 86_400 + 1}, "timeout"),
+        ({"timeout": 1e300}, "timeout"),
+        ({"max_failures": 1001}, "max_failures"),
+        ({"max_failures": 10**30}, "max_failures"),
+        ({"heartbeat_interval": 0.09}, "heartbeat_interval"),
+        ({"heartbeat_interval": 3601}, "heartbeat_interval"),
+        ({"sync": {"before": [{**ENTRY, "bucket": "UP_CASE!"}]}}, "sync.before.0.bucket"),
+        ({"sync": {"before": [{**ENTRY, "bucket": "a/b"}]}}, "sync.before.0.bucket"),
+        ({"sync": {"before": [{**ENTRY, "bucket": ""}]}}, "sync.before.0.bucket"),
+        ({"sync": {"before": [{**ENTRY, "prefix": "a/../b"}]}}, "sync.before.0.prefix"),
+        ({"sync": {"after": [{**ENTRY, "local_path": "../b"}]}}, "sync.after.0.local_path"),
+        ({"sync": {"during": [{**ENTRY, "pattern": "(a+)+$"}]}}, "sync.during.0.pattern"),
+        ({"sync": {"during": [{**ENTRY, "pattern": "x" * 201}]}}, "sync.during.0.pattern"),
     ],
 )
 def test_a_fault_names_its_field(change: dict[str, Any], field: str) -> None:
@@ -188,3 +208,15 @@ FIELDS = st.sampled_from(
 @given(st.dictionaries(FIELDS, JSON_VALUES, max_size=4))
 def test_any_values_are_a_document_or_a_named_fault(document: dict[str, Any]) -> None:
     assert taken_or_named(json.dumps({"command": "x", **document}).encode())
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"timeout": 10 * 366 * 86_400, "max_failures": 1000, "heartbeat_interval": 3600},
+        {"heartbeat_interval": 0.1, "arguments": ["\U0001f600", "\uffff"]},
+        {"sync": {"before": [{**ENTRY, "prefix": "a..b/{job_id}/", "local_path": "..a/b.."}]}},
+    ],
+)
+def test_what_is_just_inside_the_limits_is_taken(document: dict[str, Any]) -> None:
+    parse(command="true", **document)

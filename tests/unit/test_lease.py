@@ -77,12 +77,12 @@ async def test_a_lease_is_extended_every_third_of_its_time_with_jitter() -> None
     assert 9.7 < max(gaps) <= 10.0 + 1e-3
 
 
-async def test_an_infinite_lease_is_never_extended_and_always_certain() -> None:
+async def test_an_infinite_lease_is_always_certain_and_its_source_hears_of_progress_now_and_then() -> None:
     async with kept(ScriptedLease(expires_after=math.inf)) as watched:
-        await anyio.sleep(86_400)
+        await anyio.sleep(3600)
         assert watched.keeper.confirmed
         await watched.keeper.wait()
-    assert watched.lease.extended == []
+    assert 3600 / 30 - 1 <= len(watched.lease.extended) <= 3600 / 24 + 1
 
 
 async def test_a_failed_call_is_repeated_with_growing_pauses_until_the_queue_answers() -> None:
@@ -190,8 +190,7 @@ async def test_a_lost_or_cancelled_lease_ends_and_is_asked_no_more(state: LeaseS
         assert not watched.keeper.confirmed
         assert not await returns_within(100.0, watched.keeper.wait)
     assert len(watched.extended()) == 2
-    assert watched.events[-1][0] == "lease_lost"
-    assert watched.events[-1][2] == {"state": state.value}
+    assert watched.events[-1][0] == ("cancelled" if state is LeaseState.CANCELLED else "lease_lost")
 
 
 async def test_a_waiter_is_not_let_through_when_the_queue_says_lost() -> None:

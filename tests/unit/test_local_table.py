@@ -130,8 +130,8 @@ def test_interruptions_are_not_failures(table: JobTable, clock: Clock) -> None:
     for _ in range(5):
         taken = take(table)
         table.extend("a", taken.token, progressed=True)
-        table.release("a", taken.token, "x", 0.0)
-    table.release("a", take(table).token, "x", 7.0)
+        table.release("a", taken.token, "x", 0.0, fruitless=False)
+    table.release("a", take(table).token, "x", 7.0, fruitless=False)
     assert table.take("w") is None
     clock.now += 7
     assert take(table).attempt == 7
@@ -153,7 +153,7 @@ def test_an_answer_that_is_repeated_counts_once(table: JobTable, how: str) -> No
         "complete": lambda: table.complete("a", token, OK),
         "retry": lambda: table.retry("a", token, "x", FAILED, 5.0),
         "fail": lambda: table.fail("a", token, "x", FAILED),
-        "release": lambda: table.release("a", token, "x", 5.0),
+        "release": lambda: table.release("a", token, "x", 5.0, fruitless=False),
     }
     calls[how]()
     once = record(table)
@@ -172,7 +172,7 @@ def test_a_worker_whose_job_was_given_away_changes_nothing(table: JobTable, cloc
         "complete": lambda: table.complete("a", old, OK),
         "retry": lambda: table.retry("a", old, "x", FAILED, 5.0),
         "fail": lambda: table.fail("a", old, "x", FAILED),
-        "release": lambda: table.release("a", old, "x", 5.0),
+        "release": lambda: table.release("a", old, "x", 5.0, fruitless=False),
     }
     with pytest.raises(LeaseLostError):
         calls[how]()

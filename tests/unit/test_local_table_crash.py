@@ -51,7 +51,7 @@ STEPS: dict[str, Callable[[JobTable], object]] = {
     "complete": lambda table: table.complete("a", _token(table), OK),
     "retry": lambda table: table.retry("a", _token(table), "x", OK, 0.0),
     "fail": lambda table: table.fail("a", _token(table), "x", OK),
-    "release": lambda table: table.release("a", _token(table), "x", 0.0),
+    "release": lambda table: table.release("a", _token(table), "x", 0.0, fruitless=False),
     "extend": lambda table: table.extend("a", _token(table), progressed=True),
     "cancel": lambda table: table.cancel("a"),
 }

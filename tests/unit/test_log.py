@@ -120,3 +120,42 @@ def test_a_closed_stream_is_no_error_of_the_caller() -> None:
         stream.close()
         for _ in range(10):
             log("info", "line", {})
+
+
+class FullDisk(io.StringIO):
+    """Refuses to be written while it is full."""
+
+    full = False
+
+    def write(self, text: str) -> int:
+        if self.full:
+            raise OSError(28, "No space left on device")
+        return super().write(text)
+
+
+def test_lines_on_a_full_disk_are_counted_and_later_ones_are_written() -> None:
+    stream = FullDisk()
+    with logging_to(stream, "json", []) as log:
+        log("info", "first", {})
+        deadline = time.monotonic() + 5
+        while "first" not in stream.getvalue():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        stream.full = True
+        for _ in range(7):
+            log("info", "lost", {})
+        time.sleep(0.3)
+        stream.full = False
+        log("info", "last", {})
+    entries = [json.loads(line) for line in lines(stream)]
+    assert [entry["event"] for entry in entries] == ["first", "log_lines_lost", "last"]
+    assert entries[1]["lines"] == 7
+
+
+def test_a_line_that_the_streams_encoding_has_not_is_lost_alone() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    with logging_to(stream, "text", []) as log:
+        log("info", "odd", {"name": "\u2603"})
+        log("info", "plain", {})
+    assert b"plain" in raw.getvalue()

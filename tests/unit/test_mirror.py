@@ -173,6 +173,25 @@ async def test_a_file_that_comes_back_while_its_deletion_fails_is_never_deleted(
     assert folder.progress.deleted == 0
 
 
+async def test_an_object_of_which_we_never_heard_is_deleted_with_its_file(tmp_path: Path) -> None:
+    """Stored, the answer lost; then the file changed, so it was not sent again; then it went."""
+
+    class Losing(ScriptedStore):
+        async def put(self, key: str, data: bytes, **options: object) -> str:
+            await super().put(key, data, **options)  # type: ignore[arg-type]
+            (tmp_path / "a").write_bytes(b"newer")
+            raise transient("PutObject")
+
+    async with mirrored(tmp_path, Losing(), times=SettleTimes(debounce=0.2)) as folder:
+        (tmp_path / "a").write_bytes(b"older")
+        await until(lambda: "upload_retried" in folder.events.names())
+        await until(lambda: not folder.mirror._settler._in_flight)
+        assert folder.bucket() == {"a": b"older"}
+        (tmp_path / "a").unlink()
+        assert await folder.end(whole=True) is None
+    assert folder.bucket() == {}
+
+
 async def test_a_crashed_program_adds_only_what_had_settled(tmp_path: Path) -> None:
     async with mirrored(tmp_path, times=SettleTimes(debounce=0.2)) as folder:
         (tmp_path / "settled").write_bytes(b"whole")
@@ -272,10 +291,10 @@ async def test_a_link_to_a_file_of_the_folder_is_sent_as_a_file(tmp_path: Path) 
 async def test_nothing_is_sent_while_the_permit_is_in_doubt(tmp_path: Path) -> None:
     class Lent(AlwaysPermitted):
         def __init__(self) -> None:
-            self.certain = anyio.Event()
+            self.given = anyio.Event()
 
         async def wait(self) -> None:
-            await self.certain.wait()
+            await self.given.wait()
 
     permit = Lent()
     async with mirrored(tmp_path, permit=permit) as folder:
@@ -283,7 +302,7 @@ async def test_nothing_is_sent_while_the_permit_is_in_doubt(tmp_path: Path) -> N
         await until(folder.mirror.unsent)
         await anyio.sleep(0.1)
         assert folder.store.calls == []
-        permit.certain.set()
+        permit.given.set()
         await folder.equal()
 
 

@@ -129,3 +129,17 @@ def test_only_the_newest_jobs_keep_their_logs(tmp_path: Path) -> None:
     prune_logs(tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["j4", "j5"]
     prune_logs(tmp_path / "none")
+
+
+def test_logs_that_can_not_be_listed_are_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    os.utime(file, (1000, 1000))
+    prune_logs(file)
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    for number in range(3):
+        (tmp_path / f"j{number}").mkdir()
+    prune_logs(tmp_path, keep=3)
+    assert {"j0", "j1", "j2"} <= {path.name for path in tmp_path.iterdir()}
+    prune_logs(tmp_path / "circle/x")

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
+import anyio.to_thread
 import pytest
 
-from heeler.app.process import CannotStartError, Exit, Started, child
-from heeler.app.processes import TAG_VARIABLE, OrphanReaper, kill_all, signal_group, signal_process, start_time, tagged
+from heeler.app import process as process_module
+from heeler.app.process import CannotStartError, Exit, MachineError, Started, child
+from heeler.app.processes import (
+    TAG_VARIABLE,
+    OrphanReaper,
+    UndyingError,
+    descendants,
+    kill_all,
+    signal_group,
+    signal_process,
+    start_time,
+    tagged,
+)
 
 TREE = """
 import os, signal, sys, time
@@ -42,6 +58,9 @@ class Register:
 
     def ended(self, process: Started) -> None:
         self.calls.append(("ended", process))
+
+    def stuck(self, process: Started, pids: Sequence[int]) -> None:
+        self.calls.append((f"stuck {[*pids]}", process))
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -201,3 +220,155 @@ def test_when_the_block_ends_no_descendant_is_left() -> None:
     with pytest.raises(LookupError):
         anyio.run(leave)
     assert tagged(register.calls[0][1].tag) == []
+
+
+# Descendants that dropped their environment.
+
+HIDING = """
+import json, os, subprocess, sys, time
+from pathlib import Path
+from heeler.app.processes import become_reaper, descendants, kill_all
+become_reaper()
+def hidden():
+    # Forked twice, with neither environment nor session of ours; it has a child of its own.
+    code = "import os,sys,time; os.fork(); print(os.getpid(), flush=True); time.sleep(60)"
+    start = ["env", "-i", "setsid", sys.executable, "-c", code]
+    shell = subprocess.Popen(["sh", "-c", '"$@" & wait', "sh", *start], stdout=subprocess.PIPE, text=True)
+    pids = [int(shell.stdout.readline()) for _ in range(2)]
+    shell.kill()
+    shell.wait()
+    return pids
+def alive(pids):
+    states = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] for pid in pids
+              if os.path.exists(f"/proc/{pid}")]
+    return sum(state != "Z" for state in states)
+daemon = hidden()
+before = descendants()
+job = hidden()
+untold = kill_all("no-such-tag")
+left = alive(job)
+killed = kill_all("no-such-tag", before=before)
+print(json.dumps([untold, left, killed, alive(job), alive(daemon)]))
+for pid in daemon:
+    os.kill(pid, 9)
+"""
+
+
+def test_a_reaper_ends_descendants_that_hide_and_spares_what_ran_before() -> None:
+    done = subprocess.run([sys.executable, "-c", HIDING], capture_output=True, text=True, timeout=20, check=False)
+    assert done.stdout.strip() == "[0, 2, 2, 0, 2]", done.stderr
+
+
+def test_without_being_a_reaper_we_claim_no_descendants() -> None:
+    assert os.getpid() != 1
+    assert descendants() is None
+
+
+# What is no fault of the program.
+
+
+def test_a_process_that_does_not_die_is_told_once_and_stays_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    patience: list[float] = []
+
+    def undying(_tag: str, group: int, _before: object, seconds: float) -> int:
+        patience.append(seconds)
+        raise UndyingError([group])
+
+    async def run() -> Exit:
+        async with child(["sleep", "60"], dict(os.environ), [], [], register) as running:
+            assert not running.stuck
+            await running.kill()
+            assert running.stuck
+            how = await running.wait()
+        took.append(time.monotonic() - began)
+        os.killpg(running.started.group, signal.SIGKILL)
+        with anyio.fail_after(5):
+            await running._process.wait()
+        return how
+
+    monkeypatch.setattr(process_module, "kill_all", undying)
+    monkeypatch.setattr(process_module, "_DRAIN_OUTPUT_SECONDS", 0.1)
+    register = Register()
+    began = time.monotonic()
+    took: list[float] = []
+    assert anyio.run(run) == Exit(None, signal.SIGKILL)
+    assert took[0] < 4
+    group = register.calls[0][1].group
+    assert [name for name, _ in register.calls] == ["started", f"stuck [{group}]"]
+    assert patience[0] > 0
+    assert set(patience[1:]) == {0.0}, "the drain must not wait again and again"
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE])
+@pytest.mark.parametrize("call", ["open_process", "pipe", "descendants"])
+def test_a_machine_that_is_short_of_something_is_no_fault_of_the_program(
+    monkeypatch: pytest.MonkeyPatch, number: int, call: str
+) -> None:
+    def short(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    async def run() -> None:
+        await anyio.lowlevel.checkpoint()
+        where = {"open_process": anyio, "pipe": os, "descendants": process_module}
+        monkeypatch.setattr(where[call], call, short)
+        try:
+            async with child(["true"], {}, [], [], register):
+                raise AssertionError
+        finally:
+            monkeypatch.undo()
+
+    register = Register()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(MachineError, match=os.strerror(number)):
+        anyio.run(run)
+    assert register.calls == []
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_without_a_thread_to_watch_it_a_child_is_ended_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tags: list[str] = []
+
+    async def half_started(argv: list[str], env: dict[str, str], **_: object) -> None:
+        tags.append(env[TAG_VARIABLE])
+        started.append(subprocess.Popen(["sleep", "60"], env=env))  # noqa: ASYNC220
+        raise RuntimeError("can't start new thread")
+
+    started: list[subprocess.Popen[bytes]] = []
+    monkeypatch.setattr(anyio, "open_process", half_started)
+    with pytest.raises(MachineError, match="temporarily unavailable"):
+        anyio.run(_run, ["true"], Register())
+    assert tagged(tags[0]) == []
+    assert started[0].wait(5) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("code", ["import sys; sys.exit(0)", "import os; os.kill(os.getpid(), 9)"])
+def test_a_launcher_that_dies_before_the_program_is_no_exit_of_the_program(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str
+) -> None:
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text(code)
+    monkeypatch.setattr(process_module, "_LAUNCHER", launcher)
+    register = Register()
+    with pytest.raises(MachineError, match="'true' can't be started here"):
+        anyio.run(_run, ["true"], register)
+    assert [name for name, _ in register.calls] == ["started", "ended"]
+
+
+def test_a_child_starts_and_ends_while_all_shared_threads_are_taken() -> None:
+    async def run() -> Exit:
+        go_on = threading.Event()
+        shared = anyio.to_thread.current_default_thread_limiter()
+        try:
+            async with anyio.create_task_group() as tasks:
+                for _ in range(int(shared.total_tokens)):
+                    tasks.start_soon(partial(anyio.to_thread.run_sync, go_on.wait))
+                while shared.available_tokens:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)
+                with anyio.fail_after(10):
+                    how, _ = await _run(["true"], Register())
+                go_on.set()
+            return how
+        finally:
+            go_on.set()
+
+    assert anyio.run(run) == Exit(0, None)

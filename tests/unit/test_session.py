@@ -33,6 +33,7 @@ class World:
         self.work = tmp_path / "work"
         self.store = ScriptedStore(MemoryStore("bucket"))
         self.events = Events()
+        self.last: Session | None = None
 
     def folder(self, prefix: str, path: str = "data", pattern: str | None = None) -> SyncFolder:
         compiled = re.compile(pattern) if pattern else None
@@ -41,9 +42,12 @@ class World:
     def session(self, patience: float | None = 5.0, **parts: SyncFolder | tuple[SyncFolder, ...]) -> Session:
         plan = Plan(**{name: part if isinstance(part, tuple) else (part,) for name, part in parts.items()})
         times = SettleTimes(debounce=0.02, open_wait=0.3)
-        return Session(
+        if self.last is not None:
+            self.last.close()
+        self.last = Session(
             plan, lambda _: self.store, permit=AlwaysPermitted(), on_event=self.events, times=times, patience=patience
         )
+        return self.last
 
     async def put(self, **objects: bytes) -> None:
         for key, data in objects.items():

@@ -16,7 +16,7 @@ def settler() -> Settler:
 
 def send(settler: Settler, path: str) -> None:
     settler.start(path)
-    settler.done(path)
+    settler.done(path, durable=True)
 
 
 def test_nothing_is_busy_at_first(settler: Settler) -> None:
@@ -83,7 +83,7 @@ def test_a_file_on_its_way_is_not_sent_a_second_time_until_the_first_has_ended(s
     assert settler.quiet(99.0) == []
     assert settler.next_due() is None
     assert settler.unsent() == {"a"}
-    settler.done("a")
+    settler.done("a", durable=True)
     assert settler.quiet(99.0) == ["a"]
     send(settler, "a")
     assert not settler.busy
@@ -96,7 +96,7 @@ def test_a_vanished_file_is_deleted_only_if_storage_has_it_or_will(settler: Sett
     settler.start("on its way")
     settler.vanished("on its way", stored=False)
     settler.vanished("stored", stored=True)
-    settler.done("on its way")
+    settler.done("on its way", durable=True)
     assert sorted(settler.deletable()) == ["on its way", "stored"]
 
 
@@ -113,7 +113,7 @@ def test_a_deletion_waits_for_every_earlier_change_and_for_no_later_one(settler:
     assert settler.deletable() == []
     settler.start("new checkpoint")
     assert settler.deletable() == []
-    settler.done("new checkpoint")
+    settler.done("new checkpoint", durable=True)
     assert settler.deletable() == ["old checkpoint"]
 
 
@@ -123,8 +123,42 @@ def test_a_deletion_still_waits_when_the_earlier_change_is_overtaken_by_a_newer_
     settler.start("new")
     settler.changed("new", 10.2, closed=True)
     assert settler.deletable() == []
-    settler.done("new")
+    settler.done("new", durable=True)
     assert settler.deletable() == ["old"]
+
+
+def test_a_deletion_is_not_released_by_an_attempt_that_was_superseded(settler: Settler) -> None:
+    """step2 is on its way, step1 is deleted, step2 is written again: its first state never got there."""
+    settler.changed("step2", 10.0, closed=True)
+    settler.start("step2")
+    settler.vanished("step1", stored=True)
+    settler.changed("step2", 10.2, closed=True)
+    settler.done("step2", durable=False)
+    assert settler.deletable() == []
+    settler.start("step2")
+    settler.done("step2", durable=True)
+    assert settler.deletable() == ["step1"]
+
+
+def test_a_renamed_file_keeps_its_place_before_a_deletion(settler: Settler) -> None:
+    """Write x.tmp, delete the old checkpoint, rename x.tmp to the new one."""
+    settler.changed("x.tmp", 10.0, closed=True)
+    settler.vanished("old", stored=True)
+    number = settler.sequence("x.tmp")
+    assert number is not None
+    settler.vanished("x.tmp", stored=False)
+    settler.changed("new", 10.1, closed=True)
+    settler.inherit("new", number)
+    assert settler.deletable() == []
+    send(settler, "new")
+    assert settler.deletable() == ["old"]
+
+
+def test_nothing_is_deleted_when_the_folder_as_a_whole_is_gone(settler: Settler) -> None:
+    settler.vanished("a", stored=True)
+    settler.keep_vanished()
+    assert settler.deletable() == []
+    assert not settler.busy
 
 
 def test_a_file_that_comes_back_before_its_deletion_is_sent_instead(settler: Settler) -> None:
@@ -178,7 +212,7 @@ def test_after_a_crash_only_what_had_settled_is_still_sent(settler: Settler) -> 
     settler.vanished("gone", stored=True)
     settler.drop_unsettled(20.0)
     assert settler.unsent() == {"settled", "on its way", "open, long quiet"}
-    settler.done("on its way")
+    settler.done("on its way", durable=True)
     send(settler, "settled")
     send(settler, "open, long quiet")
     assert settler.deletable() == []

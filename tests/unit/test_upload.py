@@ -34,7 +34,7 @@ def write(root: Path, data: bytes, name: str = "f") -> Stamp:
 async def send(
     store: ScriptedStore | MemoryStore, root: Path, stamp: Stamp, known: Stored | None = None, name: str = "f"
 ) -> tuple[Stored, int]:
-    return await upload_file(store, "k", root, name, stamp, known)
+    return await upload_file(store, "k", root, name, stamp, known, lambda: True)
 
 
 @pytest.mark.parametrize("size", SIZES)

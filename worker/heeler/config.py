@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -23,6 +24,12 @@ else:
 
 PREFIX = "HEELER_"
 MASK = "********"
+
+_USER_IN_URL = re.compile(r"//.*@")
+_SERVICE_LINK = re.compile(
+    r"HEELER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)", re.ASCII
+)
+"""What Kubernetes tells every container of a namespace that has a service named heeler."""
 
 _NOT_SETTINGS = {
     "HEELER_CONFIG",
@@ -189,6 +196,7 @@ class Configuration:
         for entry in fields(Settings):
             value = getattr(self.settings, entry.name)
             shown = MASK if entry.metadata["secret"] and value is not None else show(value)
+            shown = _USER_IN_URL.sub(f"//{MASK}@", shown)
             yield entry.name, shown, self.origins[entry.name]
 
     def secrets(self) -> set[str]:
@@ -283,7 +291,7 @@ def _as_text(value: object) -> str:
 def _refuse_unknown_environment(environ: Mapping[str, str]) -> None:
     known = {environment_name(entry.name) for entry in fields(Settings)} | _NOT_SETTINGS
     for name in environ:
-        if name.startswith(PREFIX) and name not in known:
+        if name.startswith(PREFIX) and name not in known and not _SERVICE_LINK.fullmatch(name):
             raise UsageError(f"{name} is no setting of heeler{_nearest(name, known)}")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from heeler.config import Configuration, Settings
+from heeler.control import ADDRESS_FILE
 from heeler.errors import UsageError
 from heeler.job import InvalidJobError
 from heeler.sources import open_desk
@@ -20,7 +21,6 @@ from heeler.sources.base import Desk, JobRecord
 
 _POLL_SECONDS = 0.2
 _ENDED = {"done", "failed", "cancelled"}
-_ADDRESS_FILE = "control"
 
 
 def submit(source: str | None, file: str, *, wait: bool) -> int:
@@ -173,7 +173,7 @@ def _print_runtime(runtime: dict[str, Any] | None) -> None:
 
 
 def _ask_runtime(settings: Settings) -> dict[str, Any] | None:
-    place = Path(settings.state_dir) / _ADDRESS_FILE
+    place = Path(settings.state_dir) / ADDRESS_FILE
     try:
         url = place.read_text(encoding="ascii").strip()
     except OSError:

@@ -8,6 +8,8 @@ import anyio
 
 _HURRIED_FLUSH_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0
+_EXIT_SECONDS = 0.5
+"""The deadline is that much before the grace period's end: to be gone takes a moment, too."""
 
 
 class Drain:
@@ -33,7 +35,7 @@ class Drain:
         if self.requested.is_set():
             return False
         self.reason = reason
-        self.deadline = anyio.current_time() + self._grace
+        self.deadline = anyio.current_time() + self._grace - min(_EXIT_SECONDS, self._grace / 4)
         self.requested.set()
         return True
 

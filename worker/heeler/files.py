@@ -11,8 +11,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from heeler.config import Settings
-from heeler.job import InvalidJobError, Job, JobDocument, SyncEntry, SyncSpec
+from heeler.job import InvalidJobError, Job, JobDocument, SyncEntry, SyncSpec, first_fault
+from heeler.rooms import Rooms
 from heeler_sync.errors import BadLocationError
 from heeler_sync.events import EventSink
 from heeler_sync.paths import location
@@ -25,11 +28,6 @@ _JOB_ID = "{job_id}"
 _LEAST_RESERVE = 3.0
 _ASSUMED_UPLINK = 2 << 20
 """Bytes a second, until we have measured it: a modest home connection."""
-
-_FORBIDDEN = {Path(name) for name in ("/", "/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/lib64", "/opt")} | {
-    Path(name)
-    for name in ("/proc", "/root", "/run", "/sbin", "/srv", "/sys", "/tmp", "/usr", "/var", "/var/lib")  # noqa: S108
-}
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,14 @@ class JobFiles:
         async with self._session.watching():
             yield
 
+    def freeze(self) -> None:
+        """As `Files.freeze`."""
+        self._session.freeze()
+
+    def close(self) -> None:
+        """As `Files.close`."""
+        self._session.close()
+
     async def flush(self, *, whole: bool) -> None:
         """As `Files.flush`."""
         await self._session.flush(Capture(whole=whole))
@@ -108,11 +114,25 @@ def _plan(job_id: str, document: JobDocument, context: JobFilesSettings) -> Plan
     spec = document.sync
     if spec == SyncSpec():
         spec = default_sync(context.settings)
-    return Plan(
-        before=_folders("before", spec.before, job_id, context),
-        during=_folders("during", spec.during, job_id, context),
-        after=_folders("after", spec.after, job_id, context),
+    rooms = Rooms(context.settings, context.base)
+    plan = Plan(
+        before=_folders("before", spec.before, job_id, rooms),
+        during=_folders("during", spec.during, job_id, rooms),
+        after=_folders("after", spec.after, job_id, rooms),
     )
+    _refuse_nested(plan.before)
+    return plan
+
+
+def _refuse_nested(folders: tuple[SyncFolder, ...]) -> None:
+    """A restore makes a folder equal to its prefix: what another one restores into it would be moved aside."""
+    for index, inner in enumerate(folders):
+        for other, outer in enumerate(folders):
+            if inner.path != outer.path and inner.path.is_relative_to(outer.path):
+                raise InvalidJobError(
+                    f"sync.before.{index}.local_path",
+                    f"{inner.path} lies inside {outer.path} (sync.before.{other}); name folders of their own",
+                )
 
 
 def default_sync(settings: Settings) -> SyncSpec:
@@ -128,7 +148,10 @@ def default_sync(settings: Settings) -> SyncSpec:
         found = re.fullmatch(r"s3://([^/]+)/?(.*)", url)
         if found is None:
             raise InvalidJobError(name, f"{url!r} is not of the form s3://bucket/prefix/")
-        return (SyncEntry(bucket=found[1], prefix=found[2], local_path=folder),)
+        try:
+            return (SyncEntry(bucket=found[1], prefix=found[2], local_path=folder),)
+        except ValidationError as error:
+            raise InvalidJobError(name, f"{url!r}: {first_fault(error)}") from None
 
     inputs = entries(settings.inputs, settings.input_dir, "HEELER_INPUTS")
     checkpoints = entries(settings.checkpoints, settings.checkpoint_dir, "HEELER_CHECKPOINTS")
@@ -136,27 +159,19 @@ def default_sync(settings: Settings) -> SyncSpec:
     return SyncSpec(before=(*inputs, *checkpoints), during=checkpoints, after=outputs)
 
 
-def _folders(
-    part: str, entries: tuple[SyncEntry, ...], job_id: str, context: JobFilesSettings
-) -> tuple[SyncFolder, ...]:
-    return tuple(_folder(f"sync.{part}.{index}", entry, job_id, context) for index, entry in enumerate(entries))
+def _folders(part: str, entries: tuple[SyncEntry, ...], job_id: str, rooms: Rooms) -> tuple[SyncFolder, ...]:
+    return tuple(_folder(f"sync.{part}.{index}", entry, job_id, rooms) for index, entry in enumerate(entries))
 
 
-def _folder(where: str, entry: SyncEntry, job_id: str, context: JobFilesSettings) -> SyncFolder:
+def _folder(where: str, entry: SyncEntry, job_id: str, rooms: Rooms) -> SyncFolder:
     try:
         place = location(entry.bucket, entry.prefix.replace(_JOB_ID, job_id))
     except BadLocationError as error:
         raise InvalidJobError(f"{where}.prefix", str(error)) from None
-    path = Path(context.base, entry.local_path.replace(_JOB_ID, job_id))
-    if ".." in path.parts:
-        raise InvalidJobError(f"{where}.local_path", f"{entry.local_path!r} contains '..'")
-    path = Path(path.resolve())
-    state = context.settings.state_path
-    if path in _FORBIDDEN or context.base.is_relative_to(path) or state.is_relative_to(path):
-        raise InvalidJobError(
-            f"{where}.local_path",
-            f"{path} can't be a job's folder: what else is in it would be moved aside; name a folder of its own",
-        )
+    try:
+        path = rooms.folder(entry.local_path.replace(_JOB_ID, job_id))
+    except ValueError as error:
+        raise InvalidJobError(f"{where}.local_path", str(error)) from None
     return SyncFolder(place, path, re.compile(entry.pattern) if entry.pattern else None)
 
 

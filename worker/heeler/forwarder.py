@@ -22,11 +22,12 @@ from heeler.lease import LeaseKeeper
 from heeler.sources.base import Lease, LeaseLostError, LeaseState, Source, SourceUnavailableError
 from heeler.status import Phase, Status
 from heeler.tasks import background
-from heeler_sync.errors import LocalFileError, PermanentStoreError, SyncError, UnsafeKeyError
+from heeler_sync.errors import FolderBusyError, LocalFileError, PermanentStoreError, SyncError, UnsafeKeyError
 
 _RECEIVE_SECONDS = 20.0
 _SETTLE_RETRY = (0.2, 5.0)
 _RELEASE_DELAY = 5.0
+_UNWIND_SECONDS = 0.3
 _LONGEST_DELAY = 300.0
 
 
@@ -46,6 +47,10 @@ class Files(Protocol):
         """Mirror what the program writes while the block runs."""
         ...
 
+    def freeze(self) -> None:
+        """Inside `watching`: the program ended this very moment."""
+        ...
+
     async def flush(self, *, whole: bool) -> None:
         """Inside `watching`, after the program's end: make durable what may be."""
         ...
@@ -56,6 +61,10 @@ class Files(Protocol):
 
     async def discard(self) -> None:
         """The job is done: remove from disk what is in storage."""
+        ...
+
+    def close(self) -> None:
+        """Let other processes use them."""
         ...
 
     async def reserve(self) -> float:
@@ -158,23 +167,47 @@ class Forwarder:
         """One attempt from the lease to the queue's answer."""
         self._status.take(lease.job.id, lease.attempt)
         keeper = LeaseKeeper(lease, self._keeper_event, rng=self._rng)
-        files = None
-        async with background(keeper.keep):
-            try:
-                files = self._open_files(lease.job, keeper)
-            except InvalidJobError as error:
-                ending = Ending(Outcome.FAIL, str(error))
-            else:
-                keeper.durable = files.durable
-                ending = await self._attempt(lease, keeper, files)
-            ending, told = await self._settle(lease, keeper, ending)
-        if files is not None and told and ending.outcome is Outcome.DONE:
-            await files.discard()
+        try:
+            files = self._open_files(lease.job, keeper)
+        except InvalidJobError as error:
+            async with background(keeper.keep):
+                ending, _ = await self._settle(lease, keeper, Ending(Outcome.FAIL, str(error)))
+        else:
+            ending = await self._handle_files(lease, keeper, files)
         self._status.drop()
         return ending
 
+    async def _handle_files(self, lease: Lease, keeper: LeaseKeeper, files: Files) -> Ending:
+        keeper.durable = files.durable
+        worked = anyio.Event()
+        try:
+            async with background(keeper.keep, partial(self._release_late, lease, worked)):
+                ending = await self._attempt(lease, keeper, files)
+                worked.set()
+                if files.durable():
+                    ending = replace(ending, fruitless=False)
+                ending, told = await self._settle(lease, keeper, ending)
+            if told and ending.outcome is Outcome.DONE:
+                await files.discard()
+        finally:
+            files.close()
+        return ending
+
+    async def _release_late(self, lease: Lease, worked: anyio.Event) -> None:
+        """Near the drain's deadline, hand the job back although a call to storage or disk does not end.
+
+        The process ends at the deadline, and the call with it.
+        """
+        await self._drain.nearly_over()
+        with anyio.move_on_after(_UNWIND_SECONDS):
+            await worked.wait()
+        if not worked.is_set():
+            self._status.fault("grace_over", error="a call to storage or disk does not end")
+            await self._tell(lease, Ending(Outcome.RELEASE, "the grace period was over before all was sent"))
+
     def _keeper_event(self, name: str, fields: dict[str, object]) -> None:
-        self._status.fault(name, **fields)
+        wanted = name in ("cancelled", "lease_confirmed_again")
+        (self._status.event if wanted else self._status.fault)(name, **fields)
 
     async def _attempt(self, lease: Lease, keeper: LeaseKeeper, files: Files) -> Ending:
         """Work until the attempt ends, the lease ends, or the drain leaves just enough time to tell the queue."""
@@ -225,13 +258,15 @@ class Forwarder:
         if isinstance(error, UnsafeKeyError):
             return Ending(Outcome.FAIL, str(error))
         if isinstance(error, LocalFileError) or not isinstance(error, PermanentStoreError):
-            return Ending(Outcome.RELEASE, f"its files can't be restored here: {error}", delay=_RELEASE_DELAY)
+            fruitless = not isinstance(error, FolderBusyError)
+            reason = f"its files can't be restored here: {error}"
+            return Ending(Outcome.RELEASE, reason, delay=_RELEASE_DELAY, fruitless=fruitless)
         return Ending(Outcome.RETRY, f"its files can't be restored: {error}")
 
     async def _run(self, lease: Lease, files: Files) -> Ending:
         async with files.watching():
             self._status.enter(Phase.RUN)
-            assignment = Assignment(lease.job, lease.attempt, files.environment, files.reserve)
+            assignment = Assignment(lease.job, lease.attempt, files.environment, files.reserve, files.freeze)
             ending = await self._delivery.deliver(assignment, self._drain)
             self._status.enter(Phase.UPLOAD)
             await files.flush(whole=ending.whole)
@@ -273,7 +308,7 @@ class Forwarder:
             elif ending.outcome is Outcome.FAIL:
                 await lease.fail(ending.reason, result=ending.result)
             else:
-                await lease.release(ending.reason, delay=ending.delay)
+                await lease.release(ending.reason, delay=ending.delay, fruitless=ending.fruitless)
         except SourceUnavailableError as error:
             self._status.fault("queue_unreachable", error=str(error))
             return False

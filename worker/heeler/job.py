@@ -13,9 +13,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from heeler.patterns import check_pattern
 
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@=+-]{0,199}")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_TEN_YEARS = 10 * 366 * 86_400
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -46,12 +59,21 @@ def _without_nul(value: object) -> object:
 _Text = Annotated[str, BeforeValidator(_without_nul)]
 
 
+def _without_climbing(value: str) -> str:
+    if ".." in value.split("/"):
+        raise ValueError(f"{value!r} contains '..'")
+    return value
+
+
+_Path = Annotated[_Text, AfterValidator(_without_climbing)]
+
+
 class SyncEntry(_Model):
     """One folder of a job and its place in storage (Kelpie's fields, and `mode`)."""
 
-    bucket: str = Field(min_length=3)
-    prefix: _Text
-    local_path: _Text = Field(min_length=1)
+    bucket: str
+    prefix: _Path
+    local_path: _Path = Field(min_length=1)
     direction: Literal["download", "upload"] | None = None
     pattern: str | None = None
     mode: Literal["mirror"] = "mirror"
@@ -60,10 +82,14 @@ class SyncEntry(_Model):
     @classmethod
     def _compiles(cls, value: str | None) -> str | None:
         if value is not None:
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"is no regular expression: {error}") from None
+            check_pattern(value)
+        return value
+
+    @field_validator("bucket")
+    @classmethod
+    def _bucket_name(cls, value: str) -> str:
+        if not _BUCKET.fullmatch(value):
+            raise ValueError(f"{value!r} is not a bucket name")
         return value
 
 
@@ -91,9 +117,9 @@ class JobDocument(_Model):
     arguments: tuple[_Text, ...] = ()
     environment: Mapping[str, _Text] = Field(default_factory=dict)
     sync: SyncSpec = SyncSpec()
-    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    max_failures: int = Field(default=3, ge=1)
-    heartbeat_interval: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    timeout: float | None = Field(default=None, gt=0, le=_TEN_YEARS, allow_inf_nan=False)
+    max_failures: int = Field(default=3, ge=1, le=1000)
+    heartbeat_interval: float | None = Field(default=None, ge=0.1, le=3600, allow_inf_nan=False)
 
     @field_validator("id")
     @classmethod
@@ -143,11 +169,37 @@ def parse_document(body: bytes) -> JobDocument:
         raise InvalidJobError("document", "is nested too deeply") from None
     if not isinstance(data, dict):
         raise InvalidJobError("document", "is not a JSON object")
+    try:
+        _refuse_half_characters(data, ())
+    except RecursionError:
+        raise InvalidJobError("document", "is nested too deeply") from None
     _refuse_what_comes_later(data)
     try:
         return JobDocument.model_validate(data)
     except ValidationError as error:
-        raise _first_fault(error) from None
+        raise first_fault(error) from None
+
+
+def _refuse_half_characters(data: object, where: tuple[str, ...]) -> None:
+    """JSON can escape half of a surrogate pair, which no file, environment, queue or storage can hold."""
+    if isinstance(data, str) and not _is_whole(data):
+        raise InvalidJobError(".".join(where), "contains half of a surrogate pair, which is no character")
+    if isinstance(data, dict):
+        for name, value in data.items():
+            if not _is_whole(name):
+                raise InvalidJobError(".".join(where) or "document", f"the name {name!a} contains half of a character")
+            _refuse_half_characters(value, (*where, name))
+    elif isinstance(data, list):
+        for index, value in enumerate(data):
+            _refuse_half_characters(value, (*where, str(index)))
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse_what_comes_later(data: dict[str, Any]) -> None:
@@ -161,7 +213,8 @@ def _refuse_what_comes_later(data: dict[str, Any]) -> None:
                 raise InvalidJobError("sync", "mode 'snapshot' is not supported yet; use 'mirror'")
 
 
-def _first_fault(error: ValidationError) -> InvalidJobError:
+def first_fault(error: ValidationError) -> InvalidJobError:
+    """The first of what is wrong with a document, by its field."""
     fault = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in fault["loc"]) or "document"
     reason = {
@@ -234,6 +287,8 @@ class Ending:
         result: What the program left.
         whole: Whether the folders may be captured as they are now, or only what had settled before.
         delay: Seconds that the job should rest before the next attempt.
+        fruitless: Of a `RELEASE`: nobody told us to stop. Too many of these in a row, with nothing made durable
+            meanwhile, fail the job.
     """
 
     outcome: Outcome
@@ -241,3 +296,4 @@ class Ending:
     result: Result = field(default_factory=Result)
     whole: bool = False
     delay: float = 0.0
+    fruitless: bool = False

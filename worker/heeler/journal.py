@@ -10,10 +10,12 @@ import fcntl
 import os
 import sqlite3
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from heeler.app.process import Started
-from heeler.app.processes import kill_all, start_time
+from heeler.app.process import RegisterError, Started
+from heeler.app.processes import UndyingError, kill_all, start_time
 from heeler.errors import UsageError
 
 _SCHEMA = """
@@ -30,8 +32,17 @@ def _boot() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
+def _nobody(_event: str, **_fields: object) -> None:
+    return
+
+
 class Journal:
-    """The open journal of one state folder. It is a `ProcessRegister`."""
+    """The open journal of one state folder. It is a `ProcessRegister`.
+
+    Attributes:
+        on_fault: Told an event's name and fields, from any thread. What can't be written must not end a runtime: a
+            record too many is harmless, since nothing carries its tag any more.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Open and lock it.
@@ -39,6 +50,8 @@ class Journal:
         Raises:
             UsageError: The folder can't be written, or another runtime uses it.
         """
+        self._folder = folder
+        self.on_fault: Callable[..., None] = _nobody
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock_file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -54,36 +67,54 @@ class Journal:
                 f"another heeler uses the state folder {folder}: give each its own with HEELER_STATE_DIR"
             ) from None
         self._guard = threading.Lock()
+        self._boot = _boot()
         try:
             self._open = sqlite3.connect(folder / "journal.db", isolation_level=None, check_same_thread=False)
             self._open.execute("PRAGMA journal_mode = WAL")
             self._open.executescript(_SCHEMA)
         except sqlite3.Error as error:
             os.close(self._lock_file)
-            raise UsageError(f"the journal in {folder} can't be opened ({error}); delete journal.db there") from None
+            raise UsageError(
+                f"the journal in {folder} can't be opened ({error}); free space or delete journal.db"
+            ) from None
 
     def started(self, process: Started) -> None:
         """As `ProcessRegister.started`."""
-        self._execute(
-            "INSERT INTO processes VALUES (?, ?, ?, ?)",
-            (process.tag, process.group, process.start_time, _boot()),
-        )
+        try:
+            self._execute(
+                "INSERT INTO processes VALUES (?, ?, ?, ?)",
+                (process.tag, process.group, process.start_time, self._boot),
+            )
+        except sqlite3.Error as error:
+            raise RegisterError(self._fault(error)) from None
 
     def ended(self, process: Started) -> None:
         """As `ProcessRegister.ended`."""
-        self._execute("DELETE FROM processes WHERE tag = ?", (process.tag,))
+        self._forget(process.tag)
+
+    def stuck(self, process: Started, pids: Sequence[int]) -> None:
+        """As `ProcessRegister.stuck`."""
+        self.on_fault("process_does_not_die", group=process.group, pids=[*pids])
 
     def end_leftovers(self) -> int:
         """Kill what an earlier runtime of this folder left running; how many processes that were."""
         killed = 0
-        with self._guard:
-            rows = self._open.execute("SELECT tag, process_group, start_time, boot FROM processes").fetchall()
+        try:
+            rows = self._execute("SELECT tag, process_group, start_time, boot FROM processes")
+        except sqlite3.Error as error:
+            self._fault(error)
+            return 0
         for tag, group, started_at, boot in rows:
-            if boot == _boot():
+            if boot == self._boot:
                 # The pid may belong to somebody else by now; the tag does not.
                 same = start_time(group) == started_at
-                killed += kill_all(tag, group if same else None)
-            self._execute("DELETE FROM processes WHERE tag = ?", (tag,))
+                try:
+                    # At least its first process, which may be gone with its group before it is looked for.
+                    killed += max(int(same), kill_all(tag, group if same else None))
+                except UndyingError as error:
+                    self.on_fault("process_does_not_die", group=group, pids=error.pids)
+                    continue
+            self._forget(tag)
         return killed
 
     def close(self) -> None:
@@ -92,6 +123,17 @@ class Journal:
             self._open.close()
         os.close(self._lock_file)
 
-    def _execute(self, statement: str, values: tuple[object, ...]) -> None:
+    def _forget(self, tag: str) -> None:
+        try:
+            self._execute("DELETE FROM processes WHERE tag = ?", (tag,))
+        except sqlite3.Error as error:
+            self._fault(error)
+
+    def _fault(self, error: sqlite3.Error) -> str:
+        words = f"the state folder {self._folder} can't be written ({error})"
+        self.on_fault("journal_failed", error=words)
+        return words
+
+    def _execute(self, statement: str, values: tuple[object, ...] = ()) -> list[Any]:
         with self._guard:
-            self._open.execute(statement, values)
+            return self._open.execute(statement, values).fetchall()

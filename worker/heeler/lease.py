@@ -20,6 +20,8 @@ EventSink = Callable[[str, dict[str, object]], None]
 
 _JITTER = (0.8, 1.0)
 _LONGEST_CALL = 10.0
+_PAUSE_WITHOUT_END = 30.0
+"""Of a lease that can't lapse: its source learns of progress, and we of a cancellation, with each call."""
 _FIRST_RETRY = 0.2
 _LONGEST_RETRY = 10.0
 
@@ -69,6 +71,10 @@ class LeaseKeeper:
         """Whether the last answer that we hold it is still good."""
         return self.state is LeaseState.HELD and self._clock() < self._confirmed_until
 
+    def certain(self) -> bool:
+        """The permit, asked without waiting; any thread may."""
+        return self.confirmed
+
     async def keep(self) -> None:
         """Extend until the lease is lost or cancelled, or until cancelled."""
         while True:
@@ -77,7 +83,7 @@ class LeaseKeeper:
             self._asked = anyio.Event()
             await self._extend()
             if self.state is not LeaseState.HELD:
-                self._on_event("lease_lost", {"state": self.state.value})
+                self._on_event("cancelled" if self.state is LeaseState.CANCELLED else "lease_lost", {})
                 self.ended.set()
                 return
 
@@ -95,9 +101,7 @@ class LeaseKeeper:
 
     def _pause(self) -> float:
         """Seconds to the next call; measured by our own clock, so that time spent stopped counts."""
-        if math.isinf(self._lease.expires_after):
-            return math.inf
-        third = self._lease.expires_after / 3
+        third = _PAUSE_WITHOUT_END if math.isinf(self._lease.expires_after) else self._lease.expires_after / 3
         if self._failures:
             retry = min(_LONGEST_RETRY, third, _FIRST_RETRY * 2.0 ** min(self._failures - 1, 20))
             return retry * self._rng.uniform(0.5, 1.0)

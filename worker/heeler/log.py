@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from typing import Any, TextIO
 
 _QUEUE_LINES = 10_000
-_CLOSE_SECONDS = 2.0
+_CLOSE_SECONDS = 1.0
 
 
 class _Writer(threading.Thread):
@@ -23,24 +23,30 @@ class _Writer(threading.Thread):
         super().__init__(name="heeler-log", daemon=True)
         self._stream = stream
         self._lines: queue.Queue[str | None] = queue.Queue(_QUEUE_LINES)
+        self._guard = threading.Lock()
         self._lost = 0
 
     def put(self, line: str) -> None:
         try:
             self._lines.put_nowait(line)
         except queue.Full:
-            self._lost += 1
+            self._count_lost(1)
 
     def run(self) -> None:
         while (line := self._lines.get()) is not None:
             try:
-                if self._lost:
-                    lost, self._lost = self._lost, 0
+                if lost := self._lost:
                     self._stream.write(f'{{"event": "log_lines_lost", "lines": {lost}}}\n')
+                    self._stream.flush()
+                    self._count_lost(-lost)
                 self._stream.write(line + "\n")
                 self._stream.flush()
-            except (OSError, ValueError):
-                return  # nobody can be told that nobody can be told
+            except (OSError, ValueError):  # a full disk may have room again
+                self._count_lost(1)
+
+    def _count_lost(self, lines: int) -> None:
+        with self._guard:
+            self._lost += lines
 
     def close(self) -> None:
         try:
@@ -67,6 +73,10 @@ class Logger:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         line = self._render({"timestamp": now, "level": level, "event": event, **fields})
         self._writer.put(self.masked(line))
+
+    def close(self) -> None:
+        """Write what waits, for a second at the most; nothing is logged afterwards."""
+        self._writer.close()
 
     def masked(self, text: str) -> str:
         """The text without any of the secrets."""
@@ -96,7 +106,7 @@ def _written(secret: str) -> set[str]:
 
 @contextmanager
 def logging_to(stream: TextIO, log_format: str, secrets: Iterable[str]) -> Iterator[Logger]:
-    """Log while the block runs; lines still waiting at its end are written, for two seconds at most.
+    """Log while the block runs; lines still waiting at its end are written, for a second at most.
 
     Args:
         stream: Where to.

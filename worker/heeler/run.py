@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,13 +40,18 @@ def run_worker(configuration: Configuration, job_file: Path | None) -> NoReturn:
 
 def _supervise(configuration: Configuration, log: Logger) -> int:
     try:
-        return anyio.run(supervise, configuration, log)
+        return anyio.run(supervise, configuration, log, partial(_leave, log))
     except HeelerError:
         raise
     except Exception as error:  # noqa: BLE001 - the last place that can say what happened
         trace = "".join(traceback.format_exception(error))
         log("error", "bug", {"error": f"{type(error).__name__}: {error}", "traceback": trace})
         return EXIT_BUG
+
+
+def _leave(log: Logger) -> NoReturn:
+    log.close()
+    os._exit(0)
 
 
 def _with_job(configuration: Configuration, file: Path) -> Configuration:

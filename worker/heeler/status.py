@@ -6,10 +6,11 @@ Nothing fails in silence (promise 10): a fault is a log event, a line in `heeler
 from __future__ import annotations
 
 import enum
+import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from heeler.job import Ending
@@ -35,12 +36,13 @@ class Phase(enum.Enum):
 class Status:
     """The state that people and metrics see. Written from the event loop and from worker threads."""
 
-    def __init__(self, log: Log, *, worker: str, source: str) -> None:
-        """Args: where events go, who we are, and where jobs come from."""
+    def __init__(self, log: Log, *, worker: str, source: str, mask: Callable[[str], str] = str) -> None:
+        """Args: where events go, who we are, where jobs come from, and what takes the secrets out of a text."""
         self._log = log
+        self._mask = mask
         self._lock = threading.Lock()
         self.worker = worker
-        self.source = source
+        self.source = self.clean(source)
         self.phase = Phase.START
         self.job_id: str | None = None
         self.attempt = 0
@@ -50,12 +52,27 @@ class Status:
         self.events: Counter[str] = Counter()
         self.faults: deque[dict[str, Any]] = deque(maxlen=_FAULTS_KEPT)
 
+    def clean(self, text: str) -> str:
+        """The text as it may be shown and kept: without secrets, and of characters that any encoding has."""
+        return self._mask(text.encode("utf-8", "backslashreplace").decode())
+
+    def _clean(self, value: object) -> Any:
+        """A field of an event, as JSON has it."""
+        if value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+            return value
+        if isinstance(value, Mapping):
+            return {self.clean(str(name)): self._clean(part) for name, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._clean(part) for part in value]
+        return self.clean(str(value))
+
     def event(self, name: str, **fields: object) -> None:
         """Something happened that is no fault."""
-        self._tell("info", name, fields)
+        self._tell("info", name, self._clean(fields))
 
     def fault(self, name: str, **fields: object) -> None:
         """Something went wrong; what we do about it is in the fields."""
+        fields = self._clean(fields)
         with self._lock:
             self.faults.append({"event": name, "time": time.time(), "job_id": self.job_id, **fields})
         self._tell("warning", name, fields)
@@ -68,7 +85,7 @@ class Status:
 
     def take(self, job_id: str, attempt: int) -> None:
         """A job was received."""
-        self.job_id, self.attempt = job_id, attempt
+        self.job_id, self.attempt = self.clean(job_id), attempt
         self.event("job_received", attempt=attempt)
 
     def settled(self, ending: Ending, *, told: bool) -> None:

@@ -25,6 +25,11 @@ def stores(settings: Settings) -> Callable[[str], ObjectStore]:
         UsageError: The endpoint is no URL, or only one half of a credential is there.
     """
     url = settings.s3_endpoint
+    if url is not None and "@" in url:
+        raise UsageError(
+            "the storage endpoint holds a user name or password before an '@': leave it out,"
+            " and set HEELER_S3_ACCESS_KEY_ID and HEELER_S3_SECRET_ACCESS_KEY"
+        )
     if url is not None and not _is_endpoint(url):
         raise UsageError(f"the storage endpoint is {url!r}, but must be like https://ACCOUNT.r2.cloudflarestorage.com")
     if (settings.s3_access_key_id is None) != (settings.s3_secret_access_key is None):

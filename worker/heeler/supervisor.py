@@ -12,7 +12,7 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -22,21 +22,22 @@ from heeler.app.command import CommandDelivery, CommandSettings
 from heeler.app.processes import OrphanReaper, become_reaper
 from heeler.config import Configuration, Settings, environment_name, secret_names
 from heeler.drain import Drain
-from heeler.errors import UnavailableError
 from heeler.files import JobFiles, JobFilesSettings
 from heeler.forwarder import Forwarder
 from heeler.job import Job
 from heeler.journal import Journal
 from heeler.lease import LeaseKeeper
+from heeler.log import Logger
 from heeler.sources import SourceRequest, open_source
 from heeler.sources.base import Source
-from heeler.status import Log, Phase, Status
+from heeler.status import Phase, Status
 from heeler.storage import check, stores
 from heeler.tasks import background
 
 T = TypeVar("T")
 
 _REAP_SECONDS = 5.0
+_LAST_SECONDS = 0.2
 
 _FAULTS = {
     "delete_refused",
@@ -54,8 +55,13 @@ _FAULTS = {
 """Those of `heeler_sync`'s events that are faults."""
 
 
-async def supervise(configuration: Configuration, log: Log) -> int:
+async def supervise(configuration: Configuration, log: Logger, leave: Callable[[], NoReturn]) -> int:
     """Run until the work is done or we are told to stop; the exit code (DESIGN 3).
+
+    Args:
+        configuration: All settings.
+        log: Where events go.
+        leave: Ends the process at once with 0, at a drain's deadline, when a call that hangs keeps us from it.
 
     Raises:
         HeelerError: It can't even start.
@@ -71,8 +77,10 @@ async def supervise(configuration: Configuration, log: Log) -> int:
         )
         source = open_source(request)
         try:
-            status = Status(log, worker=worker, source=source.name)
-            return await _run(configuration, source, status, drain, journal)
+            status = Status(log, worker=worker, source=source.name, mask=log.masked)
+            async with background(partial(_leave_at_deadline, drain, status, leave)):
+                return await _run(configuration, source, status, drain, journal)
+            raise AssertionError("background swallows nothing")
         finally:
             with anyio.CancelScope(shield=True):
                 await source.aclose()
@@ -85,10 +93,8 @@ async def _run(configuration: Configuration, source: Source, status: Status, dra
     control = _control(settings, status, drain)
     status.event("started", source=source.name, version=_version(), state_dir=settings.state_dir)
     become_reaper()
-    try:
-        leftovers = await anyio.to_thread.run_sync(journal.end_leftovers)
-    except TimeoutError as error:
-        raise UnavailableError(f"what an earlier heeler left behind can't be ended: {error}") from None
+    journal.on_fault = status.fault
+    leftovers = await anyio.to_thread.run_sync(journal.end_leftovers)
     if leftovers:
         status.fault("leftover_processes_killed", count=leftovers)
     async with background(
@@ -103,7 +109,12 @@ async def _run(configuration: Configuration, source: Source, status: Status, dra
     if drain.requested.is_set():
         status.event("stopped", reason=drain.reason)
         return 0
-    return source.verdict() or 0
+    verdict = source.verdict()
+    if verdict is None:
+        return 0
+    tell = status.event if verdict.exit_code == 0 else status.fault
+    tell("no_more_jobs", reason=verdict.reason, exit_code=verdict.exit_code)
+    return verdict.exit_code
 
 
 async def _forwarder(settings: Settings, source: Source, status: Status, drain: Drain, journal: Journal) -> Forwarder:
@@ -167,6 +178,13 @@ async def _announce_drain(drain: Drain, status: Status) -> None:
     await drain.requested.wait()
     status.draining = True
     status.event("drain", reason=drain.reason, seconds=round(drain.left(), 3))
+
+
+async def _leave_at_deadline(drain: Drain, status: Status, leave: Callable[[], NoReturn]) -> None:
+    await drain.over()
+    await anyio.sleep(_LAST_SECONDS)
+    status.fault("exit_forced", error="the grace period is over, and a call does not end")
+    leave()
 
 
 async def _take_signals(drain: Drain, status: Status) -> None:

@@ -51,7 +51,9 @@ def store_error(operation: str, bucket: str, key: str, error: Exception) -> Sync
     text = str(error)
     if "Could not parse path" in text or type(error).__name__ == "InvalidPathError":
         found = _PATH.search(text)
-        return UnsafeKeyError(found.group(1) if found else key, "it has an empty, '.' or '..' part")
+        return UnsafeKeyError(
+            found.group(1) if found else key, "it has an empty, '.' or '..' part, or a control character"
+        )
     if "non-partial response" in text or "NotPartial" in text:
         return RangeNotSupportedError(operation, bucket, key, "the store answers a range with the whole object")
     status = _STATUS.search(text)
@@ -81,6 +83,8 @@ def _with_status(operation: str, bucket: str, key: str, status: int, text: str) 
 def _without_status(operation: str, bucket: str, key: str, error: Exception, text: str) -> StoreError:
     if isinstance(error, FileNotFoundError):
         return ObjectNotFoundError(operation, bucket, key, "no such key")
+    if isinstance(error, UnicodeError):
+        return PermanentStoreError(operation, bucket, repr(key), "the key is not UTF-8")
     for mark, words in _NETWORK:
         if mark in text:
             return TransientStoreError(operation, bucket, key, words)

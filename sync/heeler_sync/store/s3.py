@@ -186,7 +186,7 @@ class S3ObjectStore:
                 raise store_error("PutObject", self._bucket, key, error) from None
             return answer["e_tag"] or ""
 
-        return await run_stoppable(call, _nothing, self._threads)
+        return await run_stoppable(call, _in_one_request, self._threads)
 
     async def upload(self, key: str, reader: Reader, *, metadata: Mapping[str, str] | None = None) -> str:
         """As `ObjectStore.upload`."""
@@ -227,7 +227,7 @@ class S3ObjectStore:
                 if not isinstance(failure, ObjectNotFoundError):
                     raise failure from None
 
-        await run_stoppable(call, _nothing, self._threads)
+        await run_stoppable(call, _in_one_request, self._threads)
 
 
 class _StoppedError(Exception):
@@ -239,26 +239,40 @@ class _GuardedReader:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._ended = False
         self.error: Exception | None = None
 
-    def stop(self) -> None:
-        self._stopped.set()
+    def stop(self) -> bool:
+        """Let the upload end as a failure; whether it may become visible all the same."""
+        with self._lock:
+            self._stopped = True
+            return self._ended
 
     def parts(self, size: int) -> Iterator[bytes]:
         """The reader's bytes in parts of `size`; obstore takes the next when a connection is free for it."""
         try:
-            while part := self._reader.read(size):
-                if self._stopped.is_set():
-                    raise _StoppedError
+            while True:
+                part = self._reader.read(size)
+                self._pass(last=not part)
+                if not part:
+                    return
                 yield part
         except Exception as error:
             self.error = error
             raise
 
+    def _pass(self, *, last: bool) -> None:
+        with self._lock:
+            if self._stopped:
+                raise _StoppedError
+            self._ended = last
 
-def _nothing() -> None:
-    """A single request can't be recalled; it is only waited for."""
+
+def _in_one_request() -> bool:
+    """A single request can't be recalled: it may take effect as long as it lives."""
+    return True
 
 
 def _mode(condition: Condition | None) -> Any:

@@ -19,12 +19,14 @@ class Assignment:
         attempt: From 1.
         environment: What the job's folders add to the program's environment.
         reserve: Seconds that the flush after the program's end will need, as far as we know now.
+        ended: To be called the moment the program has ended by itself or was killed, before anything else.
     """
 
     job: Job
     attempt: int
     environment: Mapping[str, str]
     reserve: Callable[[], Awaitable[float]]
+    ended: Callable[[], None] = lambda: None
 
 
 class Delivery(Protocol):

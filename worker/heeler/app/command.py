@@ -14,7 +14,7 @@ import anyio.to_thread
 
 from heeler.app.base import Assignment
 from heeler.app.output import JobLog, passed_to, prune_logs
-from heeler.app.process import CannotStartError, Child, Exit, ProcessRegister, child
+from heeler.app.process import CannotStartError, Child, Exit, MachineError, ProcessRegister, RegisterError, child
 from heeler.drain import Drain
 from heeler.job import Ending, InvalidJobError, JobDocument, Outcome, Result
 from heeler.tasks import background
@@ -22,6 +22,8 @@ from heeler.tasks import background
 _LEAST_GRACE = 1.0
 _RETRY_REST_SECONDS = 1.0
 """The rest of a job whose program asks to be run again: a program that always does would spin otherwise."""
+_MACHINE_REST_SECONDS = 5.0
+"""The rest of a job that could not be run here: so that another machine may take it."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,16 @@ class CommandDelivery:
             document = assignment.job.document()
         except InvalidJobError as error:
             return Ending(Outcome.FAIL, str(error))
-        await anyio.to_thread.run_sync(prune_logs, self._settings.logs)
-        log = await anyio.to_thread.run_sync(self._open_log, assignment.job.id)
+        threads = anyio.CapacityLimiter(1)  # of our own: heartbeats must not wait until other threads are done
+        await anyio.to_thread.run_sync(prune_logs, self._settings.logs, limiter=threads)
+        log = await anyio.to_thread.run_sync(self._open_log, assignment.job.id, limiter=threads)
         try:
             return await self._run(document, assignment, drain, log)
         except CannotStartError as error:
             return Ending(Outcome.RETRY, str(error))
+        except MachineError as error:
+            fruitless = not isinstance(error, RegisterError)
+            return Ending(Outcome.RELEASE, str(error), delay=_MACHINE_REST_SECONDS, fruitless=fruitless)
         finally:
             log.close()
 
@@ -79,7 +85,7 @@ class CommandDelivery:
         async with child(argv, environment, stdout, stderr, self._register) as running:
             watch = _Watch(running, drain, document.timeout or math.inf, self._settings.timeout_grace)
             how = await watch.until_exit(assignment)
-        return self._judge(how, watch)
+        return self._judge(how, watch, stuck=running.stuck)
 
     def _environment(self, document: JobDocument, assignment: Assignment) -> dict[str, str]:
         job_id, attempt = assignment.job.id, str(assignment.attempt)
@@ -94,18 +100,22 @@ class CommandDelivery:
             "AWS_BATCH_JOB_ATTEMPT": attempt,
         }
 
-    def _judge(self, how: Exit, watch: _Watch) -> Ending:
-        """The table of outcomes (DESIGN 4), and what may be captured (DESIGN 6.1)."""
+    def _judge(self, how: Exit, watch: _Watch, *, stuck: bool) -> Ending:
+        """The table of outcomes (DESIGN 4), and what may be captured (DESIGN 6.1): nothing that may still change."""
         result = Result(how.code, how.signal)
         asked_for_retry = how.code in self._settings.retry_exit_codes
         if watch.timed_out:
             return Ending(Outcome.RETRY, f"ran longer than its timeout of {watch.timeout:g} s ({how})", result)
         if watch.drained:
-            return Ending(Outcome.RELEASE, "the worker was told to stop", result, whole=how.code is not None)
+            whole = how.code is not None and not stuck
+            return Ending(Outcome.RELEASE, "the worker was told to stop", result, whole=whole)
+        if stuck and (how.code == 0 or asked_for_retry):
+            reason = f"{how}, but some of its processes do not die here"
+            return Ending(Outcome.RELEASE, reason, result, delay=_MACHINE_REST_SECONDS, fruitless=True)
         if how.code == 0:
             return Ending(Outcome.DONE, "", result, whole=True)
         if asked_for_retry:
-            return Ending(Outcome.RELEASE, str(how), result, whole=True, delay=_RETRY_REST_SECONDS)
+            return Ending(Outcome.RELEASE, str(how), result, whole=True, delay=_RETRY_REST_SECONDS, fruitless=True)
         return Ending(Outcome.RETRY, str(how), result)
 
 
@@ -123,7 +133,9 @@ class _Watch:
     async def until_exit(self, assignment: Assignment) -> Exit:
         """The exit, by itself or after a stop; `timed_out` and `drained` say whether and why it was stopped."""
         async with background(partial(self._stop_in_drain, assignment), self._stop_at_timeout):
-            return await self._running.wait()
+            how = await self._running.wait()
+            assignment.ended()
+            return how
         raise AssertionError("background does not swallow")
 
     async def _stop_in_drain(self, assignment: Assignment) -> None:

@@ -1,8 +1,8 @@
 """Runs between fork and the user's program, as a process of its own: `python -I -S launcher.py FD PARENT ARGV...`.
 
 It asks the kernel to kill it with its parent, gives signals their default meaning, and becomes the program. A
-callback between fork and exec would do the same inside a process with threads, where it can deadlock. If the
-program can't be executed, the errno goes to descriptor FD, which otherwise closes by itself.
+callback between fork and exec would do the same inside a process with threads, where it can deadlock. Descriptor FD
+gets a "!" right before, and closes by itself when the program runs; if it can't be executed, the errno follows.
 """
 
 import ctypes
@@ -23,6 +23,7 @@ def main() -> None:
     for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.write(descriptor, b"!")
     try:
         os.execvp(argv[0], argv)  # noqa: S606 - no shell is the point
     except OSError as error:

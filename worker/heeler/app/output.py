@@ -71,8 +71,15 @@ class JobLog:
 def prune_logs(folder: Path, keep: int = _LOGS_KEPT) -> None:
     """Remove the oldest jobs' log folders beyond `keep`."""
     try:
-        jobs = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    except FileNotFoundError:
+        jobs = sorted(folder.iterdir(), key=_last_change, reverse=True)
+    except OSError:  # it is not there, or can't be listed: whoever opens the log will tell
         return
     for job in jobs[keep:]:
         shutil.rmtree(job, ignore_errors=True)
+
+
+def _last_change(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # it has gone, or can't be looked at
+        return 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import signal
@@ -18,11 +19,22 @@ import anyio
 import anyio.to_thread
 from anyio.abc import ByteReceiveStream, Process
 
-from heeler.app.processes import TAG_VARIABLE, kill_all, signal_group, start_time
+from heeler.app.processes import (
+    TAG_VARIABLE,
+    Identity,
+    UndyingError,
+    descendants,
+    kill_all,
+    signal_group,
+    start_time,
+)
 from heeler.tasks import background
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
 _DRAIN_OUTPUT_SECONDS = 5.0
+_KILL_SECONDS = 5.0
+_SHORT_OF = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+"""Why a program can't be started here and now, though there is nothing wrong with it."""
 
 Output = Callable[[bytes], None]
 """Takes what a program prints, in a worker thread. It may block: the program waits then, and nothing else does."""
@@ -30,6 +42,14 @@ Output = Callable[[bytes], None]
 
 class CannotStartError(Exception):
     """The program could not be executed: it is not there, or it is no program."""
+
+
+class MachineError(Exception):
+    """The machine, not the program, is why it could not be started: later, or on another one, it may."""
+
+
+class RegisterError(MachineError):
+    """What is started here can't be recorded, so that nobody could end it after our death."""
 
 
 @dataclass(frozen=True)
@@ -67,33 +87,81 @@ class ProcessRegister(Protocol):
     """Keeps what runs on disk, so that a new runtime can end what an old one left. Calls block."""
 
     def started(self, process: Started) -> None:
-        """A child runs."""
+        """A child runs; raises `RegisterError`, and the child is ended again."""
         ...
 
     def ended(self, process: Started) -> None:
         """A child and all its descendants are gone."""
         ...
 
+    def stuck(self, process: Started, pids: Sequence[int]) -> None:
+        """These processes of a child do not die of SIGKILL; it stays recorded."""
+        ...
+
 
 class Child:
     """A running child."""
 
-    def __init__(self, process: Process, started: Started) -> None:
+    def __init__(
+        self, process: Process, started: Started, register: ProcessRegister, before: frozenset[Identity] | None
+    ) -> None:
         self._process = process
+        self._register = register
+        self._before = before
+        # Of our own: heartbeats must not wait until other threads are done.
+        self._threads = anyio.CapacityLimiter(2)
+        self._given_up = anyio.Event()
         self.started = started
 
+    @property
+    def stuck(self) -> bool:
+        """Whether some of its processes did not die of SIGKILL; they may still finish a write."""
+        return self._given_up.is_set()
+
     async def wait(self) -> Exit:
-        """How it ended, once it has; its descendants may live on."""
-        code = await self._process.wait()
+        """How it ended, once it has; its descendants may live on. One that does not die counts as killed."""
+        code = -int(signal.SIGKILL)
+        with anyio.CancelScope() as scope:
+            async with background(partial(self._unless_given_up, scope)):
+                code = await self._process.wait()
         return Exit(None, -code) if code < 0 else Exit(code, None)
+
+    async def _unless_given_up(self, scope: anyio.CancelScope) -> None:
+        await self._given_up.wait()
+        if self._process.returncode is None:
+            scope.cancel()
 
     def terminate(self) -> None:
         """SIGTERM to the group."""
         signal_group(self.started.group, signal.SIGTERM)
 
+    async def record(self) -> None:
+        """Have it registered; raises `RegisterError`."""
+        await anyio.to_thread.run_sync(self._register.started, self.started, limiter=self._threads)
+
     async def kill(self) -> None:
-        """SIGKILL to the group and to every descendant, wherever it went."""
-        await anyio.to_thread.run_sync(kill_all, self.started.tag, self.started.group)
+        """SIGKILL to the group and to every descendant, wherever it went; `stuck` if some do not die."""
+        patience = 0.0 if self.stuck else _KILL_SECONDS
+        kill = partial(kill_all, self.started.tag, self.started.group, self._before, patience)
+        try:
+            await anyio.to_thread.run_sync(kill, limiter=self._threads)
+        except UndyingError as error:
+            if not self.stuck:
+                self._given_up.set()
+                stuck = partial(self._register.stuck, self.started, error.pids)
+                await anyio.to_thread.run_sync(stuck, limiter=self._threads)
+
+    async def end(self) -> None:
+        """The last of it: nothing is left of it, here or in the register, unless it does not die."""
+        await self.kill()
+        if self._process.returncode is None and self.stuck:
+            for stream in (self._process.stdout, self._process.stderr):
+                if stream is not None:
+                    await stream.aclose()
+        else:
+            await self._process.aclose()
+        if not self.stuck:
+            await anyio.to_thread.run_sync(self._register.ended, self.started, limiter=self._threads)
 
 
 @asynccontextmanager
@@ -115,23 +183,18 @@ async def child(
 
     Raises:
         CannotStartError: The program can't be executed.
+        MachineError: It can't be started here and now.
     """
     tag = secrets.token_hex(8)
-    reader, writer = os.pipe()
+    threads = anyio.CapacityLimiter(1)
     try:
-        process = await _spawn(argv, {**environment, TAG_VARIABLE: tag}, writer)
-    except OSError as error:  # arguments and environment that are too long, or no memory for one more process
-        os.close(reader)
-        raise CannotStartError(f"{argv[0]!r} can't be started: {error.strerror}") from None
-    except BaseException:
-        os.close(reader)
-        raise
-    finally:
-        os.close(writer)
-    started = Started(process.pid, start_time(process.pid) or 0, tag)
-    running = Child(process, started)
+        before = await anyio.to_thread.run_sync(descendants, limiter=threads)
+    except (OSError, RuntimeError) as error:  # no descriptor to look with, or no thread
+        raise _not_started(argv[0], getattr(error, "errno", errno.EAGAIN)) from None
+    process, reader = await _spawn(argv, {**environment, TAG_VARIABLE: tag}, tag)
+    running = Child(process, Started(process.pid, start_time(process.pid) or 0, tag), register, before)
     try:
-        await anyio.to_thread.run_sync(register.started, started)
+        await running.record()
         await _check_started(reader, argv[0])
         copies = [_Copy(process.stdout, stdout), _Copy(process.stderr, stderr)]
         async with background(*(copy.run for copy in copies)):
@@ -146,28 +209,59 @@ async def child(
     finally:
         os.close(reader)
         with anyio.CancelScope(shield=True):
-            await running.kill()
-            await process.aclose()
-            await anyio.to_thread.run_sync(register.ended, started)
+            await running.end()
 
 
-async def _spawn(argv: Sequence[str], environment: Mapping[str, str], descriptor: int) -> Process:
-    launcher = [sys.executable, "-I", "-S", str(_LAUNCHER), str(descriptor), str(os.getpid())]
-    return await anyio.open_process(
-        [*launcher, *argv],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-        pass_fds=(descriptor,),
-    )
+async def _spawn(argv: Sequence[str], environment: Mapping[str, str], tag: str) -> tuple[Process, int]:
+    """The launcher as a process, and the descriptor on which it tells whether it became the program."""
+    try:
+        reader, writer = os.pipe()
+    except OSError as error:
+        raise _not_started(argv[0], error.errno) from None
+    launcher = [sys.executable, "-I", "-S", str(_LAUNCHER), str(writer), str(os.getpid())]
+    try:
+        process = await anyio.open_process(
+            [*launcher, *argv],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=(writer,),
+        )
+    except OSError as error:  # arguments and environment that are too long, or no memory for one more process
+        os.close(reader)
+        raise _not_started(argv[0], error.errno) from None
+    except RuntimeError:  # no thread that waits for its end: it runs, and nobody would know
+        os.close(reader)
+        kill_all(tag)
+        raise _not_started(argv[0], errno.EAGAIN) from None
+    except BaseException:
+        os.close(reader)
+        raise
+    finally:
+        os.close(writer)
+    return process, reader
 
 
 async def _check_started(reader: int, program: str) -> None:
     """Wait until the launcher has become the program, or has told why not."""
-    await anyio.wait_readable(reader)
-    told = os.read(reader, 16)
-    if told:
-        raise CannotStartError(f"{program!r} can't be started: {os.strerror(int(told))}")
+    told = b""
+    while True:
+        await anyio.wait_readable(reader)
+        data = os.read(reader, 16)
+        if not data:
+            break
+        told += data
+    if not told:
+        raise MachineError(f"{program!r} can't be started here: its launcher died before")
+    if told[1:]:
+        raise _not_started(program, int(told[1:]))
+
+
+def _not_started(program: str, number: int | None) -> Exception:
+    why = os.strerror(number or 0)
+    if number in _SHORT_OF:
+        return MachineError(f"{program!r} can't be started here: {why}")
+    return CannotStartError(f"{program!r} can't be started: {why}")
 
 
 class _Copy:

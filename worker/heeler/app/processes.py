@@ -1,7 +1,8 @@
 """What /proc says of processes, and how to end all that one start has left. Blocking calls only.
 
 A program's processes are found by a tag in their environment: children that left the group or the session, or
-whose parents died, still carry it.
+whose parents died, still carry it. One that has dropped its environment too is found as a descendant of ours, since
+the kernel gives orphans to their nearest reaper, which we are.
 """
 
 from __future__ import annotations
@@ -10,11 +11,27 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 TAG_VARIABLE = "HEELER_PROCESS_TAG"
 _KILL_SECONDS = 5.0
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_GET_CHILD_SUBREAPER = 37
+
+Identity = tuple[int, int]
+"""A process for good: its pid, and its start in clock ticks since boot."""
+
+
+class UndyingError(Exception):
+    """Processes did not die of SIGKILL (uninterruptible sleep): they can do no more harm than finish one call.
+
+    Attributes:
+        pids: Which they are.
+    """
+
+    def __init__(self, pids: Collection[int]) -> None:
+        self.pids = sorted(pids)
+        super().__init__(f"processes {self.pids} do not die")
 
 
 def start_time(pid: int) -> int | None:
@@ -50,24 +67,72 @@ def tagged(tag: str) -> list[int]:
     return found
 
 
-def kill_all(tag: str, group: int | None = None) -> int:
-    """SIGKILL the group and every process with the tag, until none is left; how many were found.
+def descendants() -> frozenset[Identity] | None:
+    """All living descendants of ours; None if we are no reaper, so that orphans do not become ours."""
+    return frozenset((pid, started) for pid, started in _descendants().items()) if _is_reaper() else None
+
+
+def _is_reaper() -> bool:
+    if os.getpid() == 1:
+        return True
+    answer = ctypes.c_int(0)
+    ctypes.CDLL(None).prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(answer), 0, 0, 0)
+    return bool(answer.value)
+
+
+def _descendants() -> dict[int, int]:
+    """The start time of each, by pid."""
+    children: dict[int, list[tuple[int, int]]] = {}
+    for pid in _pids():
+        fields = _stat(pid)
+        # A zombie of several threads is one whose first thread has ended: the others live.
+        if fields is not None and (fields[0] not in (b"Z", b"X") or int(fields[17]) > 1):
+            children.setdefault(int(fields[1]), []).append((pid, int(fields[19])))
+    found: dict[int, int] = {}
+    parents = [os.getpid()]
+    while parents:
+        for pid, started in children.get(parents.pop(), ()):
+            if pid not in found:
+                found[pid] = started
+                parents.append(pid)
+    return found
+
+
+def kill_all(
+    tag: str, group: int | None = None, before: frozenset[Identity] | None = None, patience: float = _KILL_SECONDS
+) -> int:
+    """SIGKILL the group, every process with the tag and every later descendant of ours; how many were found.
+
+    Args:
+        tag: What the processes of one start carry.
+        group: The start's process group.
+        before: What `descendants` gave before the start. None leaves alone whatever carries no tag.
+        patience: Seconds until those that do not die are given up.
 
     Raises:
-        TimeoutError: Some did not die (uninterruptible sleep); they can do no more harm than finish one call.
+        UndyingError: Some did not die.
     """
     if group is not None:
         signal_group(group, signal.SIGKILL)
     killed: set[int] = set()
-    give_up = time.monotonic() + _KILL_SECONDS
-    while pids := tagged(tag):
+    give_up = time.monotonic() + patience
+    quiet = 0
+    # One look can miss a process that changes its parent meanwhile; the next one sees it.
+    while quiet < (1 if before is None else 2):
+        pids = {*tagged(tag), *(() if before is None else _later_than(before))}
         for pid in pids:
             signal_process(pid, signal.SIGKILL)
-        killed.update(pids)
-        if time.monotonic() > give_up:
-            raise TimeoutError(f"processes {pids} do not die")
-        time.sleep(0.005)
+        killed |= pids
+        quiet = 0 if pids else quiet + 1
+        if pids and time.monotonic() > give_up:
+            raise UndyingError(pids)
+        if pids:
+            time.sleep(0.005)
     return len(killed)
+
+
+def _later_than(before: frozenset[Identity]) -> list[int]:
+    return [pid for pid, started in _descendants().items() if (pid, started) not in before]
 
 
 def signal_group(group: int, number: int) -> bool:
@@ -103,7 +168,7 @@ class OrphanReaper:
         self._seen: set[int] = set()
 
     def look(self) -> int:
-        """Collect what was there at the last look already; how many."""
+        """Collect what was there at the last look already; how many those were."""
         zombies = set(_own_zombies()) if _a_child_has_ended() else set()
         reaped = 0
         for pid in zombies & self._seen:

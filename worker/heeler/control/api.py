@@ -1,6 +1,7 @@
 """The control API's routes: what a runtime tells about itself, and the one thing it can be told (drain).
 
-Only a loopback name in the Host header is answered, so that a web page in somebody's browser can't talk to it.
+Only a loopback name, or the address that it listens on, in the Host header is answered, so that a web page in
+somebody's browser can't talk to it.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from heeler.status import Phase, Status
 _LOOPBACK_NAMES = {"127.0.0.1", "localhost", "::1"}
 
 
-def create_app(status: Status, drain: Drain) -> FastAPI:
-    """The API of one runtime."""
+def create_app(status: Status, drain: Drain, *, address: str) -> FastAPI:
+    """The API of one runtime that listens on `address`."""
+    names = _LOOPBACK_NAMES | {address}
     app = FastAPI(title="heeler", openapi_url=None, docs_url=None, redoc_url=None)
 
     @app.middleware("http")
     async def refuse_other_hosts(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-        if request.url.hostname not in _LOOPBACK_NAMES or "origin" in request.headers:
+        if request.url.hostname not in names or "origin" in request.headers:
             return PlainTextResponse("this API answers programs on this machine only\n", 403)
         return await answer(request)
 

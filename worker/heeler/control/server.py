@@ -5,19 +5,17 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import anyio
 import uvicorn
 
+from heeler.control import ADDRESS_FILE
 from heeler.control.api import create_app
 from heeler.drain import Drain
 from heeler.errors import UsageError
 from heeler.status import Status
-
-ADDRESS_FILE = "control"
-"""In the state folder: the API's URL while it is served."""
 
 
 class _Server(uvicorn.Server):
@@ -57,14 +55,16 @@ def bind(address: str) -> socket.socket:
 
 async def serve(listener: socket.socket, status: Status, drain: Drain, state_dir: Path) -> None:
     """Serve until cancelled; the URL stands in the state folder meanwhile."""
-    config = uvicorn.Config(
-        create_app(status, drain), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
-    )
-    server = _Server(config)
     host, port = listener.getsockname()[:2]
+    app = create_app(status, drain, address=host)
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+    server = _Server(config)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     place = state_dir / ADDRESS_FILE
-    place.write_text(url + "\n", encoding="ascii")
+    try:
+        place.write_text(url + "\n", encoding="ascii")
+    except OSError as error:
+        status.fault("control_address_not_kept", error=f"{place} can't be written: {error.strerror}")
     status.event("control_ready", url=url)
     try:
         await server.serve(sockets=[listener])
@@ -74,5 +74,6 @@ async def serve(listener: socket.socket, status: Status, drain: Drain, state_dir
             await server.shutdown(sockets=[listener])
         raise
     finally:
-        place.unlink(missing_ok=True)
+        with suppress(OSError):
+            place.unlink()
         listener.close()

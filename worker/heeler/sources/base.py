@@ -12,6 +12,9 @@ from typing import Any, Protocol
 
 from heeler.job import Job, Result
 
+BARREN_LIMIT = 10
+"""So many attempts in a row without an answer or anything durable are a failure (a job that kills its machine)."""
+
 
 class SourceUnavailableError(Exception):
     """The queue did not answer, or not sensibly: the same call may succeed later."""
@@ -75,9 +78,25 @@ class Lease(Protocol):
         """The job can never succeed: set it aside with the reason."""
         ...
 
-    async def release(self, reason: str = "", *, delay: float = 0.0) -> None:
-        """The attempt was interrupted and does not count as a failure: to another worker, after `delay` seconds."""
+    async def release(self, reason: str = "", *, delay: float = 0.0, fruitless: bool = False) -> None:
+        """The attempt was interrupted and does not count as a failure: to another worker, after `delay` seconds.
+
+        Too many `fruitless` ones in a row (nobody asked for it, and nothing became durable) fail the job.
+        """
         ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The last word of a source that has no more jobs.
+
+    Attributes:
+        exit_code: For our process.
+        reason: For people.
+    """
+
+    exit_code: int
+    reason: str
 
 
 class Source(Protocol):
@@ -98,8 +117,8 @@ class Source(Protocol):
         """
         ...
 
-    def verdict(self) -> int | None:
-        """None while jobs may come; the exit code for our process once none can ever come again."""
+    def verdict(self) -> Verdict | None:
+        """None while jobs may come; the last word once none can ever come again."""
         ...
 
     async def aclose(self) -> None:

@@ -14,7 +14,7 @@ import anyio
 import anyio.to_thread
 
 from heeler.job import InvalidJobError, Job, JobDocument, Result, parse_document
-from heeler.sources.base import JobRecord, Lease, LeaseState
+from heeler.sources.base import JobRecord, Lease, LeaseState, Verdict
 from heeler.sources.local_table import JobTable, NewJob, Taken
 
 _LOOK_SECONDS = 1.0
@@ -70,9 +70,10 @@ class LocalLease:
         """As `Lease.fail`."""
         await _in_thread(partial(self._table.fail, self.job.id, self._taken.token, reason, result))
 
-    async def release(self, reason: str = "", *, delay: float = 0.0) -> None:
+    async def release(self, reason: str = "", *, delay: float = 0.0, fruitless: bool = False) -> None:
         """As `Lease.release`."""
-        await _in_thread(partial(self._table.release, self.job.id, self._taken.token, reason, delay))
+        call = partial(self._table.release, self.job.id, self._taken.token, reason, delay, fruitless=fruitless)
+        await _in_thread(call)
 
 
 class LocalSource:
@@ -104,7 +105,7 @@ class LocalSource:
                 if anyio.current_time() < next_look and self._table.stamp() == stamp:
                     await anyio.sleep(_LOOK_SECONDS / _STAMPS_PER_LOOK)
 
-    def verdict(self) -> int | None:
+    def verdict(self) -> Verdict | None:
         """None: somebody may submit at any time."""
         return None
 

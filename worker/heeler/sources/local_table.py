@@ -19,10 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from heeler.job import Job, Result
-from heeler.sources.base import JobRecord, LeaseLostError, LeaseState, SourceUnavailableError
-
-BARREN_LIMIT = 10
-"""So many attempts in a row without an answer or anything durable are a failure (a job that kills its machine)."""
+from heeler.sources.base import BARREN_LIMIT, JobRecord, LeaseLostError, LeaseState, SourceUnavailableError
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -85,22 +82,27 @@ class JobTable:
         self._path = folder / "queue.db"
         self._log = folder / "queue.db-wal"
         self._clock = clock
+        self._busy_seconds = busy_seconds
         self._lock = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._open = sqlite3.connect(
-                self._path, timeout=busy_seconds, isolation_level=None, check_same_thread=False
-            )
+            self._open = self._connect()
         except (sqlite3.Error, OSError) as error:
             raise SourceUnavailableError(f"queue {self._path} can't be opened: {error}") from None
         with self._connection() as connection:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version not in (0, _VERSION):
                 raise SourceUnavailableError(f"queue {self._path} is of version {version}; we know {_VERSION}")
             connection.executescript(_SCHEMA)
             connection.execute(f"PRAGMA user_version = {_VERSION}")
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self._path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False
+        )
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        return connection
 
     def stamp(self) -> object:
         """Differs whenever another process has changed the queue since; does not block."""
@@ -131,9 +133,17 @@ class JobTable:
                 yield connection
                 connection.execute("COMMIT")
             except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
+                self._roll_back(connection)
                 raise
+
+    def _roll_back(self, connection: sqlite3.Connection) -> None:
+        """Leave the transaction; where even that fails, the connection with it."""
+        try:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            connection.close()
+            self._open = self._connect()
 
     def add(self, jobs: list[NewJob]) -> str | None:
         """Add all jobs or, if an id is taken, none; the taken id."""
@@ -245,13 +255,14 @@ class JobTable:
             (self._clock(), reason, json.dumps(result.as_json())),
         )
 
-    def release(self, job_id: str, token: str, reason: str, delay: float) -> None:
+    def release(self, job_id: str, token: str, reason: str, delay: float, *, fruitless: bool) -> None:
         """The attempt was interrupted. Raises `LeaseLostError` unless the lease is ours."""
         self._settle(
             job_id,
             token,
-            "state = 'pending', interruptions = interruptions + 1, reason = ?, visible_at = ?",
-            (reason, self._clock() + delay),
+            "state = 'pending', interruptions = interruptions + 1, reason = ?, visible_at = ?,"
+            " barren = CASE WHEN ? THEN barren ELSE 0 END",
+            (reason, self._clock() + delay, fruitless),
         )
 
     def _settle(self, job_id: str, token: str, assignments: str, values: tuple[object, ...]) -> None:

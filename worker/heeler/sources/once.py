@@ -17,11 +17,11 @@ from pathlib import Path
 
 import anyio
 
-from heeler.errors import EXIT_BUG, EXIT_USAGE
+from heeler.errors import EXIT_USAGE
 from heeler.job import InvalidJobError, Job, Result, parse_document
-from heeler.sources.base import Lease, LeaseState, SourceUnavailableError
+from heeler.sources.base import BARREN_LIMIT, Lease, LeaseState, SourceUnavailableError, Verdict
 
-_BARREN_LIMIT = 10
+_EXIT_BARREN = 1
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class _Record:
     visible_at: float = 0.0
     state: str = "pending"
     exit_code: int = 0
+    reason: str = ""
 
 
 def _exit_code(result: Result) -> int:
@@ -74,22 +75,19 @@ class OnceLease:
     async def complete(self, result: Result) -> None:
         """As `Lease.complete`."""
         del result
-        self._source.settle(self._attempt, state="done", exit_code=0)
+        self._source.settle(self._attempt, state="done", reason="", exit_code=0)
 
     async def retry(self, reason: str, *, result: Result, delay: float) -> None:
         """As `Lease.retry`."""
-        del reason
-        self._source.count_failure(self._attempt, delay, _exit_code(result))
+        self._source.count_failure(self._attempt, reason, delay, _exit_code(result))
 
     async def fail(self, reason: str, *, result: Result) -> None:
         """As `Lease.fail`."""
-        del reason
-        self._source.settle(self._attempt, state="failed", exit_code=_exit_code(result))
+        self._source.settle(self._attempt, state="failed", reason=reason, exit_code=_exit_code(result))
 
-    async def release(self, reason: str = "", *, delay: float = 0.0) -> None:
+    async def release(self, reason: str = "", *, delay: float = 0.0, fruitless: bool = False) -> None:
         """As `Lease.release`."""
-        del reason
-        self._source.put_back(self._attempt, delay)
+        self._source.put_back(self._attempt, reason, delay, fruitless=fruitless)
 
 
 class OnceSource:
@@ -121,30 +119,36 @@ class OnceSource:
             await anyio.sleep(wait if self._record.state == "pending" else 0)
             return None
         await anyio.sleep(max(0.0, rest))
-        if self._record.barren >= _BARREN_LIMIT:
-            self.update(state="failed", exit_code=EXIT_BUG)
+        if self._record.barren >= BARREN_LIMIT:
+            barren = f"{BARREN_LIMIT} attempts in a row ended without an answer and without anything made durable"
+            reason = f"{barren}; the last: {self._record.reason}" if self._record.reason else barren
+            self.update(state="failed", reason=reason, exit_code=_EXIT_BARREN)
             return None
         self.update(attempts=self._record.attempts + 1, barren=self._record.barren + 1)
         self._out = self._record.attempts
         return OnceLease(self, self._job, self._record.attempts)
 
-    def verdict(self) -> int | None:
+    def verdict(self) -> Verdict | None:
         """The program's own exit code, once it has ended for good."""
-        return None if self._record.state == "pending" else self._record.exit_code
+        if self._record.state == "pending":
+            return None
+        return Verdict(self._record.exit_code, self._record.reason or f"job {self._job.id} is {self._record.state}")
 
     async def aclose(self) -> None:
         """Nothing is open."""
 
-    def count_failure(self, attempt: int, delay: float, exit_code: int) -> None:
+    def count_failure(self, attempt: int, reason: str, delay: float, exit_code: int) -> None:
         """An attempt failed: it comes again after `delay` seconds, if it may."""
         failures = self._record.failures + 1
         state = "failed" if failures >= self._max_failures else "pending"
         visible_at = self._clock() + delay
-        self.settle(attempt, failures=failures, barren=0, state=state, visible_at=visible_at, exit_code=exit_code)
+        told = {"state": state, "reason": reason, "exit_code": exit_code}
+        self.settle(attempt, failures=failures, barren=0, visible_at=visible_at, **told)
 
-    def put_back(self, attempt: int, delay: float) -> None:
+    def put_back(self, attempt: int, reason: str, delay: float, *, fruitless: bool) -> None:
         """An attempt was interrupted: it comes again after `delay` seconds."""
-        self.settle(attempt, visible_at=self._clock() + delay)
+        barren = self._record.barren if fruitless else 0
+        self.settle(attempt, reason=reason, barren=barren, visible_at=self._clock() + delay)
 
     def settle(self, attempt: int, **changes: object) -> None:
         """End the attempt that is out; a repeated answer changes nothing."""

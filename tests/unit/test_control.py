@@ -1,0 +1,55 @@
+"""The control API answers programs on this machine, by the address that it was given, come what may."""
+
+from __future__ import annotations
+
+import http.client
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from heeler.control.server import bind, serve
+from heeler.drain import Drain
+from heeler.status import Status
+
+
+def ask(host: str, port: int, headers: dict[str, str]) -> int:
+    connection = http.client.HTTPConnection(host, port, timeout=5)
+    try:
+        connection.request("GET", "/healthz", headers=headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def answers(address: str, state_dir: Path, *asked: dict[str, str]) -> tuple[list[int], dict[str, Any]]:
+    """What a server says to requests with these headers, and its status."""
+
+    async def run() -> list[int]:
+        listener = bind(f"{address}:0")
+        host, port = listener.getsockname()[:2]
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(serve, listener, status, Drain(1), state_dir)
+            with anyio.fail_after(20):
+                found = [await anyio.to_thread.run_sync(ask, host, port, headers) for headers in asked]
+            tasks.cancel_scope.cancel()
+        return found
+
+    status = Status(lambda *_: None, worker="w", source="s")
+    return anyio.run(run), status.snapshot()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2", "[::1]"])
+def test_it_answers_by_the_address_that_it_listens_on(address: str, tmp_path: Path) -> None:
+    others: list[dict[str, str]] = [{"Host": "evil.example"}, {"Host": "127.0.0.3"}, {"Origin": "http://evil.example"}]
+    found, _ = answers(address, tmp_path, {}, {"Host": "localhost"}, *others)
+    assert found == [200, 200, 403, 403, 403]
+
+
+def test_a_state_folder_that_can_not_be_written_is_a_fault_and_it_serves_all_the_same(tmp_path: Path) -> None:
+    found, status = answers("127.0.0.1", tmp_path / "not-there", {})
+    assert found == [200]
+    assert [fault["event"] for fault in status["faults"]] == ["control_address_not_kept"]
+    assert f"{tmp_path}/not-there/control" in status["faults"][0]["error"]
