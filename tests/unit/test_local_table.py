@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from heeler.job import Result
-from heeler.sources.base import JobRecord, LeaseLostError, LeaseState, SourceUnavailableError
-from heeler.sources.local_table import BARREN_LIMIT, JobTable, NewJob, Taken
+from heeler.sources.base import BARREN_LIMIT, JobRecord, LeaseLostError, LeaseState, SourceUnavailableError
+from heeler.sources.local_table import JobTable, NewJob, Taken
 
 OK, FAILED = Result(exit_code=0), Result(exit_code=3)
 

@@ -279,7 +279,8 @@ def test_a_process_that_does_not_die_is_told_once_and_stays_recorded(monkeypatch
             assert not running.stuck
             await running.kill()
             assert running.stuck
-            how = await running.wait()
+            with anyio.fail_after(5):
+                how = await running.wait()
         took.append(time.monotonic() - began)
         os.killpg(running.started.group, signal.SIGKILL)
         with anyio.fail_after(5):
@@ -361,10 +362,10 @@ def test_a_child_starts_and_ends_while_all_shared_threads_are_taken() -> None:
         try:
             async with anyio.create_task_group() as tasks:
                 for _ in range(int(shared.total_tokens)):
-                    tasks.start_soon(partial(anyio.to_thread.run_sync, go_on.wait))
+                    tasks.start_soon(partial(anyio.to_thread.run_sync, go_on.wait, 10))
                 while shared.available_tokens:  # noqa: ASYNC110
                     await anyio.sleep(0.01)
-                with anyio.fail_after(10):
+                with anyio.fail_after(5):
                     how, _ = await _run(["true"], Register())
                 go_on.set()
             return how

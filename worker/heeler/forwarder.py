@@ -300,15 +300,16 @@ class Forwarder:
     async def _tell(self, lease: Lease, ending: Ending) -> bool:
         if ending.outcome in (Outcome.LOST, Outcome.CANCELLED):
             return True
+        reason = self._status.clean(ending.reason)
         try:
             if ending.outcome is Outcome.DONE:
                 await lease.complete(ending.result)
             elif ending.outcome is Outcome.RETRY:
-                await lease.retry(ending.reason, result=ending.result, delay=ending.delay)
+                await lease.retry(reason, result=ending.result, delay=ending.delay)
             elif ending.outcome is Outcome.FAIL:
-                await lease.fail(ending.reason, result=ending.result)
+                await lease.fail(reason, result=ending.result)
             else:
-                await lease.release(ending.reason, delay=ending.delay, fruitless=ending.fruitless)
+                await lease.release(reason, delay=ending.delay, fruitless=ending.fruitless)
         except SourceUnavailableError as error:
             self._status.fault("queue_unreachable", error=str(error))
             return False
