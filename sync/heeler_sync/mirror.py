@@ -8,7 +8,6 @@ keeps a bounded number of files on their way, and deletes objects only after eve
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -17,14 +16,15 @@ from pathlib import Path
 import anyio
 from anyio.abc import TaskGroup
 
+from heeler_sync.anchor import Anchor
 from heeler_sync.errors import LocalFileError, SyncError
-from heeler_sync.openfiles import open_for_writing
 from heeler_sync.paths import Location, why_no_key
 from heeler_sync.sender import Ended, MirrorContext, Sender
 from heeler_sync.settle import Settler
+from heeler_sync.states import look_at
 from heeler_sync.store.base import ObjectStore
 from heeler_sync.threads import in_thread
-from heeler_sync.tree import Scan, Stamp, examine, identify, scan
+from heeler_sync.tree import Scan, Stamp, scan
 from heeler_sync.upload import Stored
 from heeler_sync.watch import CLOSED, GONE, Batch, TreeWatch
 
@@ -33,9 +33,10 @@ _MAX_BYTES_IN_FLIGHT = 32 << 20
 """Slow uplinks share one link among all that is sent: too much of it at once, and every request times out."""
 _SCAN_SECONDS = 60.0
 _SCAN_SECONDS_UNWATCHED = 5.0
+_SCAN_SECONDS_MISSING = 0.5
+_LOOK_SECONDS = 1.0
+"""No event tells that the watched folder itself was renamed away."""
 _SCAN_SOON_SECONDS = 0.05
-_UNKNOWN = Stamp(-1, 0, 0, 0)
-"""Of a file that can't be looked at: whoever tries to send it learns why."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,12 @@ class Mirror:
         self._capture: Capture | None = None
         self._captured = False
         self._frozen_at: float | None = None
-        self._identity: tuple[int, int] | None = None
+        self._lost = False
+        self._unscanned = False
+        self._unseen: set[str] = set()
         self._sending: dict[str, int] = {}
         self._next_scan = -math.inf
+        self._next_look = -math.inf
         self._scan_seconds = _SCAN_SECONDS
         self._news = anyio.Event()
         self.finished = anyio.Event()
@@ -130,17 +134,22 @@ class Mirror:
             self.finished.set()
 
     async def _follow(self, group: TaskGroup) -> bool:
-        """Watch one folder until all is done; False when another one stands in its place."""
+        """Watch one folder until all is done; False when it no longer stands there."""
         async with AsyncExitStack() as stack:
+            self._anchor = await in_thread(Anchor, self.root)
+            stack.callback(self._anchor.close)
             watch = None if self._capture else await self._watch(stack)
-            identity = self._identity = await in_thread(identify, self.root)
             while not await self._step(watch, group):
-                if self._identity != identity and self._capture is None:
+                if self._lost and self._capture is None:
+                    self._lost = False
                     return False
                 await self._wait_for_news()
         return True
 
     async def _watch(self, stack: AsyncExitStack) -> TreeWatch | None:
+        if self._anchor.missing:
+            self._scan_seconds = _SCAN_SECONDS_MISSING
+            return None
         self._scan_seconds = _SCAN_SECONDS
         try:
             return await stack.enter_async_context(TreeWatch(self.root, self._rouse))
@@ -148,6 +157,20 @@ class Mirror:
             self._event("watch_unavailable", folder=str(self.root), error=error.strerror or str(error))
             self._scan_seconds = _SCAN_SECONDS_UNWATCHED
             return None
+
+    async def _stands(self) -> bool:
+        """Whether the folder that we follow still stands there. If not, all that we saw of it is forgotten.
+
+        Its files are not gone because the folder is (an unmounted disk): storage keeps what it has.
+        """
+        if not self._lost and not await in_thread(self._anchor.stands):
+            self._lost = True
+            self._event("folder_replaced", folder=str(self.root))
+            self._seen.clear()
+            self._settler.forget()
+            self._unscanned = False
+            self._unseen = {*self._stored, *self._tried}
+        return not self._lost
 
     def _rouse(self) -> None:
         self._news.set()
@@ -157,7 +180,10 @@ class Mirror:
         if not self._captured:
             now = anyio.current_time()
             if watch is not None:
-                self._take(watch.drain(), now)
+                batch = watch.drain()
+                if (batch or now >= self._next_look) and await self._stands():
+                    self._next_look = now + _LOOK_SECONDS
+                    self._take(batch, now)
             if self._capture is not None:
                 self._captured = True
                 await self._take_last(self._capture, now)
@@ -165,7 +191,7 @@ class Mirror:
                 self._next_scan = now + self._scan_seconds
                 await self._compare(now, settled=False)
         await self._start_uploads(group)
-        for relative in self._settler.deletable():
+        for relative in self._settler.deletable() if not self._unscanned else ():
             self._settler.delete(relative)
             if self._deletes:
                 group.start_soon(self._delete, relative)
@@ -175,27 +201,24 @@ class Mirror:
 
     async def _wait_for_news(self) -> None:
         due = self._settler.next_due() if self._room() and not self._waits_for_capture() else None
-        until = min(math.inf if due is None else due, math.inf if self._captured else self._next_scan)
+        next_look = math.inf if self._captured else min(self._next_scan, self._next_look)
+        until = min(math.inf if due is None else due, next_look)
         with anyio.move_on_after(max(0.0, until - anyio.current_time())):
             await self._news.wait()
         self._news = anyio.Event()
 
     def _take(self, batch: Batch, now: float) -> None:
         """Changes before deletions: a deletion then waits for what came with it, too."""
-        origins: dict[str, int] = {}
-        for source, target in batch.moves:
-            sequence = origins.get(source, self._settler.sequence(source))
-            if sequence is not None:
-                origins[target] = sequence
         for relative, what in batch.files.items():
             if what != GONE and self._include(relative) and why_no_key(relative) is None:
+                self._unseen.discard(relative)
                 self._settler.changed(relative, now, closed=what == CLOSED)
-        for relative, sequence in origins.items():
-            self._settler.inherit(relative, sequence)
         for relative, what in batch.files.items():
             if what == GONE:
                 self._note_gone(relative)
         if batch.rescan:
+            # A folder may have been filled before its watch: until a scan, we don't know what deletions wait for.
+            self._unscanned = True
             self._next_scan = min(self._next_scan, now + _SCAN_SOON_SECONDS)
         for relative in self._settler.overdue(now):
             self._event("file_never_settles", file=relative, seconds=self._context.times.max_wait)
@@ -204,6 +227,7 @@ class Mirror:
         if capture.whole:
             await self._compare(now, settled=True)
         else:
+            self._unscanned = False
             self._settler.drop_unsettled(now if self._frozen_at is None else self._frozen_at)
 
     async def _compare(self, now: float, *, settled: bool) -> None:
@@ -211,20 +235,18 @@ class Mirror:
         try:
             found = await in_thread(scan, self.root, self._include)
         except FileNotFoundError:
-            # A folder that is gone as a whole may be an unmounted disk: storage keeps what it has.
-            if self._identity is not None or self._captured:
-                self._event("folder_missing", folder=str(self.root))
-            self._identity = None
-            self._settler.keep_vanished()
-            if not self._deletes:
+            await self._stands()
+            if self._captured and not self._deletes:
                 self._sender.refusal = LocalFileError(str(self.root), "is gone, and the job owes what was in it")
             return
         except LocalFileError as error:
             self._event("scan_failed", folder=str(self.root), error=str(error))
             if self._captured:
+                self._unscanned = False
                 self._sender.refusal = error
             return
-        self._identity = found.identity
+        if not await self._stands() and self._capture is None:
+            return
         self._report_left_out(found)
         unsent = self._settler.unsent()
         for relative, stamp in found.files.items():
@@ -234,13 +256,18 @@ class Mirror:
             elif not settled and self._seen.get(relative) != stamp and relative not in unsent:
                 self._settler.changed(relative, now, closed=False)
             self._seen[relative] = stamp
-        for relative in self._seen.keys() - found.files.keys():
+            self._unseen.discard(relative)
+        for relative in (self._seen.keys() | self._settler.unsent()) - found.files.keys():
             self._note_gone(relative)
+        if self._unscanned:
+            self._unscanned = False
+            self._settler.renew_deletions()
 
     def _note_gone(self, relative: str) -> None:
         self._seen.pop(relative, None)
-        # What was tried may be stored, though we never heard of it.
-        self._settler.vanished(relative, stored=relative in self._stored or relative in self._tried)
+        # What was tried may be stored, though we never heard of it. What we did not see is not ours to delete.
+        stored = relative in self._stored or relative in self._tried
+        self._settler.vanished(relative, stored=stored and relative not in self._unseen)
 
     def _report_left_out(self, found: Scan) -> None:
         for relative, reason in found.left_out.items():
@@ -258,10 +285,14 @@ class Mirror:
         quiet = self._settler.quiet(anyio.current_time())[: self._room()]
         if not quiet:
             return
-        states = await in_thread(_states, self.root, quiet, not self._captured)
+        states = await in_thread(look_at, self.root, quiet, not self._captured)
         now = anyio.current_time()
         for relative, state in states.items():
-            if state is None:
+            if state is None and not self._captured:
+                # Deleted, or renamed; a scan tells, which takes in the new name before it misses the old one.
+                self._settler.postpone(relative, now)
+                self._next_scan = now
+            elif state is None:
                 self._note_gone(relative)
             elif isinstance(state, str):
                 self._note_left_out(relative, state)
@@ -312,27 +343,3 @@ class Mirror:
 
     def _event(self, name: str, **fields: object) -> None:
         self._context.on_event(name, fields)
-
-
-@dataclass(frozen=True)
-class _State:
-    stamp: Stamp
-    held_open: bool
-
-
-def _states(root: Path, relatives: list[str], look_for_writers: bool) -> dict[str, _State | str | None]:
-    """The present states of files that look quiet: why one is left out, or None for one that is gone. Blocks."""
-    real = {relative: os.path.realpath(root / relative) for relative in relatives}
-    real_root = os.path.realpath(root)
-    held = open_for_writing(real.values()) if look_for_writers else set()
-    states: dict[str, _State | str | None] = {}
-    for relative in relatives:
-        try:
-            found = examine(str(root / relative), real_root)
-        except (FileNotFoundError, NotADirectoryError):
-            states[relative] = None
-        except OSError:
-            states[relative] = _State(_UNKNOWN, held_open=False)
-        else:
-            states[relative] = _State(found, real[relative] in held) if isinstance(found, Stamp) else found
-    return states

@@ -75,20 +75,11 @@ class Settler:
         else:
             dirty.last, dirty.closed, dirty.not_before = now, closed or settled, now + wait
 
-    def sequence(self, path: str) -> int | None:
-        """The number of a file's oldest state that is not durable; None if it has none."""
-        dirty = self._dirty.get(path)
-        return dirty.sequence if dirty is not None else self._in_flight.get(path)
-
-    def inherit(self, path: str, sequence: int) -> None:
-        """A dirty file has its content from one that was dirty under this number: it was renamed."""
-        dirty = self._dirty.get(path)
-        if dirty is not None:
-            dirty.sequence = min(dirty.sequence, sequence)
-
     def vanished(self, path: str, *, stored: bool) -> None:
         """A file is gone; its object is to be deleted if it is `stored` or on its way there."""
-        self._dirty.pop(path, None)
+        dirty = self._dirty.pop(path, None)
+        if dirty is not None:
+            self._give_up(dirty.sequence)
         if stored or path in self._in_flight:
             self._gone.setdefault(path, next(self._sequence))
 
@@ -111,23 +102,42 @@ class Settler:
         self._in_flight[path] = self._dirty.pop(path).sequence
 
     def done(self, path: str, *, durable: bool) -> None:
-        """The sending of a file ended: `durable`, or `changed` again, or `vanished`.
+        """The sending of a file ended: durable, or `changed` again, or `vanished`.
 
         A newer state that waits keeps the number of the older one unless that is durable: a deletion in between
         must not overtake both.
         """
-        del self._in_flight[path]
+        sequence = self._in_flight.pop(path)
         dirty = self._dirty.get(path)
-        if dirty is not None and durable:
+        if dirty is None and not durable:
+            self._give_up(sequence)
+        elif dirty is not None and durable:
             dirty.sequence = dirty.own
+
+    def _give_up(self, sequence: int) -> None:
+        """A state will never be durable: its file vanished, perhaps under another name.
+
+        Deletions that waited for it wait for all that is to be sent now: the other name is among it.
+        """
+        for path in [path for path, gone in self._gone.items() if gone > sequence]:
+            self._gone[path] = next(self._sequence)
+
+    def renew_deletions(self) -> None:
+        """Have all deletions wait for all that is to be sent now: only now we know of it."""
+        self._give_up(0)
+
+    def postpone(self, path: str, now: float) -> None:
+        """A quiet file could not be looked at: it is quiet again after the debounce."""
+        self._dirty[path].not_before = now + self._times.debounce
 
     def drop_unsettled(self, now: float) -> None:
         """Forget what had not settled by `now`, and deletions: a program that died may have died inside a save."""
         self._dirty = {path: dirty for path, dirty in self._dirty.items() if self._has_settled(dirty, now)}
         self._gone.clear()
 
-    def keep_vanished(self) -> None:
-        """Delete nothing of what vanished so far: the folder as a whole is gone."""
+    def forget(self) -> None:
+        """Forget what waits, changes and deletions: they are of a folder that no longer stands there."""
+        self._dirty.clear()
         self._gone.clear()
 
     def _has_settled(self, dirty: _Dirty, now: float) -> bool:

@@ -44,23 +44,12 @@ class Scan:
     """The files of a folder at about one time.
 
     Attributes:
-        identity: Which folder it was (`identify`).
         files: Stamps by relative path.
         left_out: What is there but not taken, with the reason, by relative path.
     """
 
-    identity: tuple[int, int] | None = None
     files: dict[str, Stamp] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
-
-
-def identify(root: Path) -> tuple[int, int] | None:
-    """Which folder stands at a path (device and inode); None if there is none."""
-    try:
-        status = root.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def scan(root: Path, include: Callable[[str], bool]) -> Scan:
@@ -70,8 +59,8 @@ def scan(root: Path, include: Callable[[str], bool]) -> Scan:
         FileNotFoundError: `root` itself is not there.
         LocalFileError: A folder can't be read.
     """
-    status = root.stat()
-    found = Scan((status.st_dev, status.st_ino))
+    found = Scan()
+    root.stat()
     real_root = os.path.realpath(root)
     _scan_folder(str(root), "", real_root, include, found)
     return found

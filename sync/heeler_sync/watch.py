@@ -42,13 +42,15 @@ class Batch:
 
     Attributes:
         files: The last thing that happened to each file (`CHANGED`, `CLOSED` or `GONE`), by relative path.
-        moves: Renames within the folder, from and to, in order.
         rescan: Whether a folder came, went or moved, so that only a scan tells.
     """
 
     files: dict[str, str] = field(default_factory=dict)
-    moves: list[tuple[str, str]] = field(default_factory=list)
     rescan: bool = False
+
+    def __bool__(self) -> bool:
+        """Whether anything happened."""
+        return bool(self.files) or self.rescan
 
 
 class _Inbox(FileSystemEventHandler):
@@ -64,7 +66,8 @@ class _Inbox(FileSystemEventHandler):
             if isinstance(event, _FOLDER_EVENTS):
                 self._batch.rescan = True
             elif isinstance(event, FileMovedEvent):
-                self._note_move(event.src_path, event.dest_path)
+                self._note(event.src_path, GONE)
+                self._note(event.dest_path, CLOSED)
             elif isinstance(event, FileDeletedEvent):
                 self._note(event.src_path, GONE)
             else:
@@ -73,20 +76,12 @@ class _Inbox(FileSystemEventHandler):
         if not woken:
             self._wake()
 
-    def _note_move(self, source: bytes | str, target: bytes | str) -> None:
-        before, after = self._note(source, GONE), self._note(target, CLOSED)
-        if before and after:
-            self._batch.moves.append((before, after))
-
-    def _note(self, path: bytes | str, what: str) -> str | None:
-        """Note what happened to a file, if it is one of ours; its relative path then."""
+    def _note(self, path: bytes | str, what: str) -> None:
         relative = os.path.relpath(os.fsdecode(path), self._root) if path else ".."
-        if relative == ".." or relative.startswith("../") or is_own(relative):
-            return None
-        # Moved last: a path that went and came back must count as the newer of both.
-        self._batch.files.pop(relative, None)
-        self._batch.files[relative] = what
-        return relative
+        if relative != ".." and not relative.startswith("../") and not is_own(relative):
+            # Moved last: a path that went and came back must count as the newer of both.
+            self._batch.files.pop(relative, None)
+            self._batch.files[relative] = what
 
     def drain(self) -> Batch:
         with self._lock:

@@ -144,19 +144,29 @@ def test_a_renamed_file_keeps_its_place_before_a_deletion(settler: Settler) -> N
     """Write x.tmp, delete the old checkpoint, rename x.tmp to the new one."""
     settler.changed("x.tmp", 10.0, closed=True)
     settler.vanished("old", stored=True)
-    number = settler.sequence("x.tmp")
-    assert number is not None
-    settler.vanished("x.tmp", stored=False)
     settler.changed("new", 10.1, closed=True)
-    settler.inherit("new", number)
+    settler.vanished("x.tmp", stored=False)
     assert settler.deletable() == []
     send(settler, "new")
     assert settler.deletable() == ["old"]
 
 
-def test_nothing_is_deleted_when_the_folder_as_a_whole_is_gone(settler: Settler) -> None:
+def test_a_file_renamed_while_it_is_sent_keeps_its_place_too(settler: Settler) -> None:
+    settler.changed("x.tmp", 10.0, closed=True)
+    settler.start("x.tmp")
+    settler.vanished("old", stored=True)
+    settler.changed("new", 10.1, closed=True)
+    settler.vanished("x.tmp", stored=False)
+    settler.done("x.tmp", durable=False)
+    assert "old" not in settler.deletable()
+    send(settler, "new")
+    assert "old" in settler.deletable()
+
+
+def test_nothing_is_sent_or_deleted_when_the_folder_as_a_whole_is_gone(settler: Settler) -> None:
     settler.vanished("a", stored=True)
-    settler.keep_vanished()
+    settler.changed("b", 1.0, closed=True)
+    settler.forget()
     assert settler.deletable() == []
     assert not settler.busy
 

@@ -44,7 +44,7 @@ _FAULTS = {
     "delete_retried",
     "file_left_out",
     "file_never_settles",
-    "folder_missing",
+    "folder_replaced",
     "object_replaced",
     "scan_failed",
     "storage_retried",
