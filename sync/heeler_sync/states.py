@@ -15,6 +15,13 @@ UNKNOWN = Stamp(-1, 0, 0, 0)
 
 @dataclass(frozen=True)
 class State:
+    """A file that may be sent.
+
+    Attributes:
+        stamp: Its state now.
+        held_open: Whether another process has it open for writing.
+    """
+
     stamp: Stamp
     held_open: bool
 
