@@ -86,7 +86,7 @@ class Mirror:
         self._unseen: set[str] = set()
         self._sending: dict[str, int] = {}
         self._next_scan = -math.inf
-        self._next_look = -math.inf
+        self._next_look = math.inf
         self._scan_seconds = _SCAN_SECONDS
         self._news = anyio.Event()
         self.finished = anyio.Event()
@@ -139,6 +139,7 @@ class Mirror:
             self._anchor = await in_thread(Anchor, self.root)
             stack.callback(self._anchor.close)
             watch = None if self._capture else await self._watch(stack)
+            self._next_look = math.inf if watch is None else anyio.current_time()
             while not await self._step(watch, group):
                 if self._lost and self._capture is None:
                     self._lost = False
@@ -265,9 +266,11 @@ class Mirror:
 
     def _note_gone(self, relative: str) -> None:
         self._seen.pop(relative, None)
-        # What was tried may be stored, though we never heard of it. What we did not see is not ours to delete.
-        stored = relative in self._stored or relative in self._tried
-        self._settler.vanished(relative, stored=stored and relative not in self._unseen)
+        if relative in self._unseen:  # of a folder that stood here before: not ours to delete
+            self._settler.abandon(relative)
+        else:
+            # What was tried may be stored, though we never heard of it.
+            self._settler.vanished(relative, stored=relative in self._stored or relative in self._tried)
 
     def _report_left_out(self, found: Scan) -> None:
         for relative, reason in found.left_out.items():

@@ -77,11 +77,15 @@ class Settler:
 
     def vanished(self, path: str, *, stored: bool) -> None:
         """A file is gone; its object is to be deleted if it is `stored` or on its way there."""
+        self.abandon(path)
+        if stored or path in self._in_flight:
+            self._gone.setdefault(path, next(self._sequence))
+
+    def abandon(self, path: str) -> None:
+        """What waits to be sent of a file is not to be sent any more."""
         dirty = self._dirty.pop(path, None)
         if dirty is not None:
             self._give_up(dirty.sequence)
-        if stored or path in self._in_flight:
-            self._gone.setdefault(path, next(self._sequence))
 
     def quiet(self, now: float) -> list[str]:
         """Files that have been quiet long enough to be sent if nobody holds them open for writing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -74,3 +75,48 @@ async def test_a_rotation_by_rename_is_safe_where_only_scans_tell(
         (tmp_path / "x.part").rename(tmp_path / "new")
         await folder.equal()
     assert store.always_held(b"1", b"2" * LARGE), [sorted(state) for state in store.states]
+
+
+async def test_a_folder_lost_during_an_upload_keeps_what_storage_had(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    release = anyio.Event()
+    store = RecordingStore()
+    async with mirrored(root, store) as folder:
+        (root / "a").write_bytes(b"1" * LARGE)
+        await folder.equal()
+        store.scripts["upload"] = [release.wait]
+        sent = store.count("upload")
+        (root / "a").write_bytes(b"2" * LARGE)
+        await until(lambda: store.count("upload") > sent)
+        shutil.rmtree(root)
+        root.mkdir()
+        await until(lambda: "folder_replaced" in folder.events.names(), 4)
+        release.set()
+        assert await folder.end(whole=True) is None
+    assert folder.bucket()["a"][:1] in (b"1", b"2")
+
+
+@pytest.mark.parametrize("why", ["no inotify", "no folder"])
+async def test_a_mirror_without_a_watch_does_not_spin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    def no_watch(*_: object) -> None:
+        raise OSError(28, "inotify watch limit reached")
+
+    monkeypatch.setattr(mirror_module, "TreeWatch", no_watch)
+    monkeypatch.setattr(mirror_module, "_SCAN_SECONDS_UNWATCHED", 0.1)
+    steps = 0
+    step = mirror_module.Mirror._step
+
+    async def counted(*arguments: Any) -> bool:
+        nonlocal steps
+        steps += 1
+        return await step(*arguments)
+
+    monkeypatch.setattr(mirror_module.Mirror, "_step", counted)
+    root = tmp_path / "root"
+    async with mirrored(root):
+        if why == "no folder":
+            shutil.rmtree(root)
+        await anyio.sleep(1.0)
+    assert steps < 30
