@@ -8,6 +8,7 @@ import anyio
 import pytest
 
 from heeler.job import Ending, Outcome, Result
+from heeler.sources.base import LeaseLostError
 from tests.support.leases import HANG, OUT_OF_REACH, ScriptedDelivery, ScriptedLease
 from tests.support.virtual_time import VIRTUAL
 from tests.unit.test_forwarder import TRANSIENT, World, failing, hang
@@ -109,6 +110,29 @@ async def test_an_upload_that_does_not_end_in_time_is_given_up_and_the_job_hande
     assert GRACE - 2 <= took <= GRACE
     assert lease.how == ["release"]
     assert "grace_over" in world.names()
+
+
+async def never_unwinds() -> None:
+    """A call in a thread that hangs: cancelling does not end it (here it ends long after the deadline)."""
+    with anyio.CancelScope(shield=True):
+        await anyio.sleep(2 * GRACE)
+
+
+async def test_a_job_is_handed_back_beside_a_call_that_can_not_be_cancelled() -> None:
+    lease = ScriptedLease()
+    world = World(lease, hooks={"flush": never_unwinds}, grace=GRACE)
+    await drained(world, 5.0)
+    assert lease.how[0] == "release"
+    assert lease.tries[0] <= world.drain.deadline
+    assert "grace_over" in world.names()
+
+
+async def test_a_job_that_is_lost_while_a_call_hangs_is_not_handed_back_and_nothing_breaks() -> None:
+    lease = ScriptedLease(settle_answers=[LeaseLostError("another has it"), LeaseLostError("another has it")])
+    world = World(lease, hooks={"flush": never_unwinds}, grace=GRACE)
+    await drained(world, 5.0)
+    assert lease.how == []
+    assert world.status.outcomes == {"lost": 1}
 
 
 async def test_a_program_that_does_not_stop_leaves_time_to_hand_the_job_back() -> None:

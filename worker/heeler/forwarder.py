@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -203,7 +203,8 @@ class Forwarder:
             await worked.wait()
         if not worked.is_set():
             self._status.fault("grace_over", error="a call to storage or disk does not end")
-            await self._tell(lease, Ending(Outcome.RELEASE, "the grace period was over before all was sent"))
+            with suppress(LeaseLostError):  # then there is nothing to hand back
+                await self._tell(lease, Ending(Outcome.RELEASE, "the grace period was over before all was sent"))
 
     def _keeper_event(self, name: str, fields: dict[str, object]) -> None:
         wanted = name in ("cancelled", "lease_confirmed_again")
