@@ -226,3 +226,21 @@ def test_a_password_in_the_endpoint_is_refused_and_never_shown() -> None:
             stores(found.settings)
         assert "pass-w0rd" not in str(caught.value)
     stores(load({}, {"AWS_ENDPOINT_URL_S3": "https://host:8080"}).settings)
+
+
+def test_the_storage_of_one_name_family_is_not_mixed_with_the_keys_of_another() -> None:
+    """A queue on AWS with temporary credentials, and storage on R2 with its own."""
+    environment = {
+        "AWS_ENDPOINT_URL_S3": "https://s3.example",
+        "AWS_ACCESS_KEY_ID": "queue-key",
+        "AWS_SECRET_ACCESS_KEY": "queue-secret",
+        "AWS_SESSION_TOKEN": "queue-token",
+        "R2_S3_ENDPOINT_URL": "https://r2.example",
+        "R2_AWS_ACCESS_KEY_ID": "r2-key",
+        "R2_AWS_SECRET_ACCESS_KEY": "r2-secret",
+    }
+    found = load({}, environment).settings
+    assert (found.s3_endpoint, found.s3_access_key_id) == ("https://r2.example", "r2-key")
+    assert (found.s3_secret_access_key, found.s3_session_token) == ("r2-secret", None)
+    aws = load({}, {name: value for name, value in environment.items() if name.startswith("AWS_")}).settings
+    assert (aws.s3_endpoint, aws.s3_session_token) == ("https://s3.example", "queue-token")

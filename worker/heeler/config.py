@@ -161,7 +161,7 @@ class Settings:
     s3_endpoint: str | None = _setting(
         None,
         "URL of the storage; AWS if unset",
-        aliases=("AWS_ENDPOINT_URL_S3", "R2_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL"),
+        aliases=("R2_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
     )
     s3_region: str | None = _setting(None, "region to sign for", aliases=("AWS_REGION", "AWS_DEFAULT_REGION"))
     s3_provider: str | None = _setting(
@@ -254,6 +254,10 @@ def load(flags: Mapping[str, str], environ: Mapping[str, str], file: Path | None
         values[entry.name], origins[entry.name] = _resolve(entry, flags, environ, path, content)
     if not values["state_dir"]:
         values["state_dir"] = _default_state_dir()
+    own_key = values["s3_access_key_id"] is not None and "environment AWS_" not in origins["s3_access_key_id"]
+    if own_key and "AWS_SESSION_TOKEN" in origins["s3_session_token"]:
+        # The token belongs to the AWS_ keys, which are somebody else's (a queue's) where storage has its own.
+        values["s3_session_token"], origins["s3_session_token"] = None, "default"
     return Configuration(Settings(**values), origins)
 
 
