@@ -74,8 +74,9 @@ def test_a_wrong_flag_is_told_in_one_line(world: World, arguments: list[str], wo
         ({"HEELER_S3_PROVIDER": "nobody"}, "HEELER_S3_PROVIDER is 'nobody'"),
         ({"HEELER_CHECKPOINTS": "s3:/oops"}, "'s3:/oops' is not of the form s3://bucket/prefix/"),
         ({"HEELER_CHECKPOINTS": "s3://UP_CASE!/x"}, "UP_CASE!"),
-        ({"HEELER_CHECKPOINTS": "s3://nope/x/"}, "s3://nope/"),
-        ({"AWS_SECRET_ACCESS_KEY": "wrong", "HEELER_CHECKPOINTS": f"s3://{BUCKET}/x/"}, "check bucket, keys"),
+        ({"HEELER_CHECKPOINTS": "s3://nope/{job_id}/"}, "s3://nope/"),
+        ({"HEELER_CHECKPOINTS": f"s3://{BUCKET}/x/"}, "put {job_id} into the prefix"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong", "HEELER_CHECKPOINTS": f"s3://{BUCKET}/{{job_id}}/"}, "check bucket, keys"),
         ({"AWS_ACCESS_KEY_ID": "wrong", "HEELER_OUTPUTS": f"s3://{BUCKET}/x/"}, "check bucket, keys"),
         ({"AWS_SECRET_ACCESS_KEY": "", "HEELER_INPUTS": f"s3://{BUCKET}/x/"}, "only one is set"),
     ],
@@ -96,7 +97,7 @@ def test_a_wrong_settings_file_is_told_in_one_line(world: World) -> None:
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://no-such-host.invalid"])
 def test_storage_out_of_reach_at_the_start_is_told_within_the_limit(world: World, endpoint: str) -> None:
     started = time.monotonic()
-    environment = {"AWS_ENDPOINT_URL_S3": endpoint, "HEELER_CHECKPOINTS": f"s3://{BUCKET}/x/"}
+    environment = {"AWS_ENDPOINT_URL_S3": endpoint, "HEELER_CHECKPOINTS": f"s3://{BUCKET}/{{job_id}}/"}
     said = run(world, "--source", "local:q", HEELER_STARTUP_TIMEOUT="1", **environment)
     assert "storage is out of reach" in complaint(said, 69)
     assert time.monotonic() - started < 10
@@ -105,7 +106,9 @@ def test_storage_out_of_reach_at_the_start_is_told_within_the_limit(world: World
 def test_storage_that_never_answers_at_the_start_is_told_within_the_limit(world: World) -> None:
     world.storage.faults.add(Stall(at="before"))
     started = time.monotonic()
-    said = run(world, "--source", "local:q", HEELER_STARTUP_TIMEOUT="2", HEELER_CHECKPOINTS=f"s3://{BUCKET}/x/")
+    said = run(
+        world, "--source", "local:q", HEELER_STARTUP_TIMEOUT="2", HEELER_CHECKPOINTS=f"s3://{BUCKET}/{{job_id}}/"
+    )
     assert "storage is out of reach" in complaint(said, 69)
     assert time.monotonic() - started < 8
 

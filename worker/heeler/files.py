@@ -18,7 +18,7 @@ from heeler.job import InvalidJobError, Job, JobDocument, SyncEntry, SyncSpec, f
 from heeler.rooms import Rooms
 from heeler_sync.errors import BadLocationError
 from heeler_sync.events import EventSink
-from heeler_sync.paths import location
+from heeler_sync.paths import location, parse_location
 from heeler_sync.sender import Permit
 from heeler_sync.session import Capture, Plan, Session, SyncFolder
 from heeler_sync.settle import SettleTimes
@@ -139,23 +139,26 @@ def default_sync(settings: Settings) -> SyncSpec:
     """The sync of jobs that name none: HEELER_INPUTS, HEELER_CHECKPOINTS and HEELER_OUTPUTS.
 
     Raises:
-        InvalidJobError: One of them is no s3://bucket/prefix/.
+        InvalidJobError: One of them is no s3://bucket/prefix/, or many jobs would share one checkpoint.
     """
 
     def entries(url: str | None, folder: str, name: str) -> tuple[SyncEntry, ...]:
         if url is None:
             return ()
-        found = re.fullmatch(r"s3://([^/]+)/?(.*)", url)
-        if found is None:
-            raise InvalidJobError(name, f"{url!r} is not of the form s3://bucket/prefix/")
         try:
-            return (SyncEntry(bucket=found[1], prefix=found[2], local_path=folder),)
+            place = parse_location(url)
+            return (SyncEntry(bucket=place.bucket, prefix=place.prefix, local_path=folder),)
+        except BadLocationError as error:
+            raise InvalidJobError(name, str(error)) from None
         except ValidationError as error:
             raise InvalidJobError(name, f"{url!r}: {first_fault(error)}") from None
 
     inputs = entries(settings.inputs, settings.input_dir, "HEELER_INPUTS")
     checkpoints = entries(settings.checkpoints, settings.checkpoint_dir, "HEELER_CHECKPOINTS")
     outputs = entries(settings.outputs, settings.output_dir, "HEELER_OUTPUTS")
+    if settings.source not in (None, "once") and any(_JOB_ID not in entry.prefix for entry in checkpoints):
+        words = f"{settings.checkpoints!r} would give every job of the queue the checkpoint of another; put"
+        raise InvalidJobError("HEELER_CHECKPOINTS", f"{words} {_JOB_ID} into the prefix")
     return SyncSpec(before=(*inputs, *checkpoints), during=checkpoints, after=outputs)
 
 
