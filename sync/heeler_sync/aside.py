@@ -71,8 +71,8 @@ def move_aside(root: Path, keep: Collection[str], nested: Collection[Path]) -> i
         own = root / OWN_FOLDER
         if own.is_symlink() or own.is_file():
             own.unlink()
-        if own.exists():
-            shutil.rmtree(own)
+        if (own / "aside").exists():
+            shutil.rmtree(own / "aside")
         stay = {*keep, *(os.path.relpath(folder, root) for folder in nested if folder.is_relative_to(root))}
         ancestors = {parent for path in stay for parent in _parents(path)}
         return _move_from(root, "", stay, ancestors, own / "aside")

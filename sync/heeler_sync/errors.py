@@ -6,6 +6,8 @@ may the same call succeed later (`TransientStoreError`), or does somebody have t
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
+
 
 class SyncError(Exception):
     """The root of everything that `heeler_sync` raises on purpose."""
@@ -31,6 +33,10 @@ class StoreError(SyncError):
 
 class TransientStoreError(StoreError):
     """The store was busy, broken or out of reach: the same call may succeed later."""
+
+
+class ShortAnswerError(TransientStoreError):
+    """Fewer bytes came than were asked for: the connection was cut, or the object is shorter than it was."""
 
 
 class PermanentStoreError(StoreError):
@@ -87,6 +93,49 @@ class ObjectReplacedError(SyncError):
         self.bucket = bucket
         self.key = key
         super().__init__(f"s3://{bucket}/{key} was changed by somebody else")
+
+
+class FencedError(SyncError):
+    """Another worker has acquired the prefix since we did: nothing of ours is to change there any more.
+
+    Attributes:
+        location: The prefix.
+        holder: Who holds it now.
+        epoch: Its epoch.
+        since: When it was acquired, seconds since 1970.
+    """
+
+    def __init__(self, location: str, holder: str, epoch: int, since: float) -> None:
+        self.location = location
+        self.holder = holder
+        self.epoch = epoch
+        self.since = since
+        when = datetime.fromtimestamp(since, timezone.utc).isoformat(timespec="seconds")
+        super().__init__(f"{location} is held by {holder} (epoch {epoch}) since {when}")
+
+
+class PrefixTakenError(SyncError):
+    """A prefix belongs to another job, for good.
+
+    Attributes:
+        location: The prefix.
+        job_id: The job that it belongs to.
+    """
+
+    def __init__(self, location: str, job_id: str) -> None:
+        self.location = location
+        self.job_id = job_id
+        super().__init__(f"{location} holds the checkpoints of job {job_id}; give this job a prefix of its own")
+
+
+class UnfencedStoreError(SyncError):
+    """The store does not refuse a write whose condition fails, so no worker could be kept out."""
+
+    def __init__(self, bucket: str) -> None:
+        super().__init__(
+            f"the storage of bucket {bucket} does not enforce If-Match, which snapshots need;"
+            " use mode mirror, other storage, or --allow-unfenced at your own risk"
+        )
 
 
 class PermitInDoubtError(SyncError):

@@ -33,6 +33,19 @@ async def background(*tasks: Callable[[], Awaitable[object]]) -> AsyncIterator[N
         raise first from (errors if len(errors.exceptions) > 1 else first.__cause__)
 
 
+@asynccontextmanager
+async def alongside(*tasks: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
+    """Run `tasks` beside the block and wait for them when it ends; whichever fails first ends all and is raised."""
+    try:
+        async with anyio.create_task_group() as group:
+            for task in tasks:
+                group.start_soon(_run, task)
+            yield
+    except BaseExceptionGroup as errors:
+        first = _first_leaf(errors)
+        raise first from (errors if len(errors.exceptions) > 1 else first.__cause__)
+
+
 async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[object]], at_once: int) -> None:
     """Await `work(item)` for every item, at most `at_once` at a time; the first error ends it and is raised."""
     left = iter(items)

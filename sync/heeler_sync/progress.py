@@ -19,6 +19,7 @@ class Progress:
         bytes_down: Bytes received for them.
         files_kept: Files that a restore found in place already.
         deleted: Objects deleted because their file was.
+        generations: Generations committed.
     """
 
     clock: Callable[[], float]
@@ -28,6 +29,7 @@ class Progress:
     bytes_down: int = 0
     files_kept: int = 0
     deleted: int = 0
+    generations: int = 0
     _sending: int = 0
     _busy_since: float = 0.0
     _busy_seconds: float = 0.0

@@ -6,7 +6,7 @@ A listing or an object that can't be had is an error; only a listing that says "
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,11 +32,15 @@ class SyncFolder:
         location: Bucket and prefix.
         path: The folder, absolute.
         pattern: Only files whose relative path it matches somewhere (`re.search`); None takes all.
+        snapshot: Whether its files are kept as generations, and not under their own names.
+        ready: Of a snapshot: a glob (`fnmatch`) of the file that the program writes last.
     """
 
     location: Location
     path: Path
     pattern: re.Pattern[str] | None = None
+    snapshot: bool = False
+    ready: str | None = None
 
     def include(self, relative: str) -> bool:
         """Whether a file belongs to it."""
@@ -76,8 +80,12 @@ class Restore:
         self._on_event = on_event
         self._restored = Restored()
 
-    async def run(self, sources: Sequence[SyncFolder], roots: Iterable[Path]) -> Restored:
+    async def run(
+        self, sources: Sequence[SyncFolder], roots: Iterable[Path], others: Collection[Path] = ()
+    ) -> Restored:
         """Make every folder of `roots` hold exactly what the `sources` that belong to it hold.
+
+        Folders in `others` stay as they are, also below one of the roots.
 
         Raises:
             SyncError: Something can't be had or written; nothing is known of the folders then.
@@ -87,7 +95,7 @@ class Restore:
             found = await list_wanted(self._stores(source.location.bucket), source.location, source.include)
             wanted[source.path].update({item.relative: item for item in found})
         for root in sorted(wanted, key=lambda path: len(path.parts)):
-            nested = [other for other in wanted if other != root and other.is_relative_to(root)]
+            nested = [other for other in {*wanted, *others} if other != root and other.is_relative_to(root)]
             await self._restore_folder(root, _without_markers(wanted[root]), nested)
         return self._restored
 

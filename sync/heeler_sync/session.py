@@ -6,6 +6,7 @@
         ...                                  # the program runs
         await session.flush(Capture(whole=True))
     await session.publish()
+    await session.complete({...})
     session.close()
 
 Every method raises `SyncError` and its kinds; when one returns, what it promises is durable.
@@ -13,10 +14,11 @@ Every method raises `SyncError` and its kinds; when one returns, what it promise
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import anyio
 
@@ -28,12 +30,17 @@ from heeler_sync.progress import Progress
 from heeler_sync.restore import Restore, Restored, SyncFolder
 from heeler_sync.sender import MirrorContext, Permit
 from heeler_sync.settle import SettleTimes
+from heeler_sync.snapshot.committer import SnapshotContext, SnapshotTimes
+from heeler_sync.snapshot.head import Kept
+from heeler_sync.snapshot.holder import Claim
+from heeler_sync.snapshot.index import FileIndex, MemoryIndex
+from heeler_sync.snapshot.session import Fences, SnapshotRules, Snapshots
 from heeler_sync.store.base import ObjectStore
 from heeler_sync.store.retry import RetryingStore, RetryPolicy
 from heeler_sync.threads import in_thread
-from heeler_sync.upload import Stored
+from heeler_sync.tree import Stamp
 
-__all__ = ["Capture", "Plan", "Session", "SyncFolder", "Unsent"]
+__all__ = ["Capture", "Plan", "Session", "SnapshotSettings", "SyncFolder", "Unsent"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,27 @@ class Unsent:
     oldest: float
 
 
+@dataclass(frozen=True)
+class SnapshotSettings:
+    """What snapshot folders need.
+
+    Attributes:
+        claim: Who holds their prefixes.
+        fences: Knows which stores enforce conditions; shared by all sessions of a process.
+        times: When to commit.
+        keep: How many generations are kept.
+        index: Keeps what was read of files.
+        spool: A folder of our own for what waits for the uplink.
+    """
+
+    claim: Claim = field(default_factory=Claim)
+    fences: Fences | None = None
+    times: SnapshotTimes = field(default_factory=SnapshotTimes)
+    keep: int = 2
+    index: FileIndex = field(default_factory=MemoryIndex)
+    spool: Path | None = None
+
+
 class Session:
     """One job's folders. It is used once, in the order restore, watching, flush, publish."""
 
@@ -82,6 +110,7 @@ class Session:
         on_event: EventSink,
         times: SettleTimes | None = None,
         patience: float | None = 600.0,
+        snapshots: SnapshotSettings | None = None,
     ) -> None:
         """Args.
 
@@ -91,6 +120,7 @@ class Session:
         on_event: Told of what is worth telling.
         times: When a file counts as settled.
         patience: Seconds without progress after which `restore` gives up on a store that is out of reach.
+        snapshots: What the plan's snapshot folders need besides.
         """
         self._plan = plan
         self._on_event = on_event
@@ -100,6 +130,14 @@ class Session:
         self._context = MirrorContext(times or SettleTimes(), permit, on_event, self.progress)
         self._restored = Restored()
         self._mirrors: list[Mirror] = []
+        chosen = snapshots or SnapshotSettings()
+        self._snapshots = Snapshots(
+            [folder for folder in (*plan.during, *plan.after) if folder.snapshot],
+            stores,
+            SnapshotRules(chosen.claim, chosen.fences or Fences(on_event), chosen.keep),
+            SnapshotContext(chosen.times, permit, on_event, self.progress, chosen.index, chosen.spool),
+            self._policy,
+        )
         self._locks = ExitStack()
 
     async def restore(self) -> None:
@@ -111,28 +149,62 @@ class Session:
         """
         for root in self._plan.roots():
             self._locks.enter_context(await in_thread(locked_folder, root))
+        await self._snapshots.acquire()
         restore = Restore(self._retrying_store, self._policy, self.progress, self._on_event)
-        self._restored = await restore.run(self._plan.before, self._plan.roots())
+        snapshots = [folder for folder in self._plan.before if folder.snapshot]
+        roots, own = self._plan.roots(), {folder.path for folder in snapshots}
+        mirrors = [folder for folder in self._plan.before if not folder.snapshot]
+        self._restored = await restore.run(mirrors, [root for root in roots if root not in own], own)
+        for folder in snapshots:
+            nested = [root for root in roots if root != folder.path and root.is_relative_to(folder.path)]
+            await self._snapshots.restore(folder, restore, nested)
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        """Mirror the `during` folders while the block runs."""
-        self._mirrors = [self._mirror(folder, deletes=True) for folder in self._plan.during]
-        async with background(*(mirror.run for mirror in self._mirrors)):
+        """Keep the `during` folders in storage while the block runs.
+
+        Raises:
+            FencedError: Another worker has the job.
+        """
+        self._mirrors = [self._mirror(folder, deletes=True) for folder in self._plan.during if not folder.snapshot]
+        snapshots = self._snapshots.start([folder for folder in self._plan.during if folder.snapshot])
+        async with background(*(mirror.run for mirror in self._mirrors), *snapshots, *self._snapshots.sweeps()):
             yield
+
+    async def checkpoint(self) -> list[Kept]:
+        """Inside `watching`: commit the snapshot folders as they are now; their newest generations.
+
+        Raises:
+            NotNowError: One is being changed.
+            SyncError: One can't be stored.
+        """
+        return await self._snapshots.checkpoint()
 
     def freeze(self) -> None:
         """Inside `watching`: the program ended this very moment; what has not settled may be half a save."""
         for mirror in self._mirrors:
             mirror.freeze()
+        self._snapshots.freeze()
 
-    async def flush(self, capture: Capture) -> None:
+    async def flush(self, capture: Capture, *, result: Mapping[str, Any] | None = None) -> None:
         """Inside `watching`, after the program ended: make durable what `capture` allows of `during`.
+
+        With a `result` the job is done; where it owes nothing in `after`, its head says so by the same write.
 
         Raises:
             SyncError: Something was refused for good.
         """
-        await self._finish(self._mirrors, capture)
+        for mirror in self._mirrors:
+            mirror.end(capture)
+        if result is not None and not self._plan.after:
+            for mirror in self._mirrors:
+                await mirror.finished.wait()
+            if any(mirror.refusal for mirror in self._mirrors):
+                result = None
+            await self._snapshots.finish(whole=capture.whole, result=result)
+        else:
+            await self._snapshots.finish(whole=capture.whole)
+        await self._finish(self._mirrors)
 
     async def publish(self) -> None:
         """Upload the `after` folders as they are.
@@ -140,23 +212,36 @@ class Session:
         Raises:
             SyncError: Something was refused for good.
         """
-        mirrors = [self._mirror(folder, deletes=False) for folder in self._plan.after]
+        mirrors = [self._mirror(folder, deletes=False) for folder in self._plan.after if not folder.snapshot]
+        snapshots = self._snapshots.start([folder for folder in self._plan.after if folder.snapshot])
         self._mirrors.extend(mirrors)
         for mirror in mirrors:
             mirror.end(Capture(whole=True))
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(background(*(mirror.run for mirror in mirrors)))
-            await self._finish(mirrors, Capture(whole=True))
+        async with background(*(mirror.run for mirror in mirrors), *snapshots):
+            await self._snapshots.finish(whole=True)
+            await self._finish(mirrors)
+
+    async def complete(self, result: Mapping[str, Any]) -> None:
+        """Say in the job's head that it is done with this result; nothing where no folder is kept as snapshots.
+
+        Raises:
+            SyncError: It can't be written, or another worker has the job.
+        """
+        await self._snapshots.complete(result)
 
     async def discard(self) -> None:
         """Remove from disk what is in storage unchanged, and folders that are empty then; all else stays."""
-        kept: dict[Path, dict[str, Stored]] = {}
+        kept: dict[Path, dict[str, Stamp]] = {}
         for folder in self._plan.before:
-            kept.setdefault(folder.path, {}).update(self._restored.known(folder))
+            found = self._restored.known(folder)
+            kept.setdefault(folder.path, {}).update({path: known.stamp for path, known in found.items()})
         for mirror in self._mirrors:
-            kept.setdefault(mirror.root, {}).update(mirror.stored)
-        for root, stored in kept.items():
-            stamps = {relative: known.stamp for relative, known in stored.items()}
+            stored = mirror.stored
+            kept.setdefault(mirror.root, {}).update({path: known.stamp for path, known in stored.items()})
+        for snapshot in self._snapshots.running:
+            held = snapshot.stored
+            kept.setdefault(snapshot.root, {}).update({path: known.stamp for path, known in held.items()})
+        for root, stamps in kept.items():
             await in_thread(remove_stored, root, stamps)
 
     def close(self) -> None:
@@ -164,9 +249,7 @@ class Session:
         self._locks.close()
 
     @staticmethod
-    async def _finish(mirrors: list[Mirror], capture: Capture) -> None:
-        for mirror in mirrors:
-            mirror.end(capture)
+    async def _finish(mirrors: list[Mirror]) -> None:
         for mirror in mirrors:
             await mirror.finished.wait()
         for mirror in mirrors:
@@ -180,13 +263,19 @@ class Session:
     async def unsent(self) -> Unsent:
         """What is not durable yet."""
         paths = set().union(*(mirror.unsent() for mirror in self._mirrors))
+        for snapshot in self._snapshots.running:
+            paths |= await snapshot.unsent()
         size = await in_thread(_total_size, paths)
-        oldest = [since for since in (mirror.oldest_unsent() for mirror in self._mirrors) if since is not None]
+        waiting = [mirror.oldest_unsent() for mirror in self._mirrors]
+        waiting.extend(snapshot.oldest_unsent() for snapshot in self._snapshots.running)
+        oldest = [since for since in waiting if since is not None]
         return Unsent(len(paths), size, anyio.current_time() - min(oldest) if oldest else 0.0)
 
     def largest(self) -> int:
         """The size in bytes of the largest file in the `during` folders: what a last checkpoint may add."""
-        return max((mirror.largest() for mirror in self._mirrors), default=0)
+        largest = [mirror.largest() for mirror in self._mirrors]
+        largest.extend(snapshot.largest() for snapshot in self._snapshots.running)
+        return max(largest, default=0)
 
     def _retrying_store(self, bucket: str) -> ObjectStore:
         return RetryingStore(self._stores(bucket), self._policy)

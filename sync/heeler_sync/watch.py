@@ -42,11 +42,14 @@ class Batch:
 
     Attributes:
         files: The last thing that happened to each file (`CHANGED`, `CLOSED` or `GONE`), by relative path.
+            In the order of these last things.
         rescan: Whether a folder came, went or moved, so that only a scan tells.
+        implied: Those of `files` of which we only know since a folder came or moved: their order says nothing.
     """
 
     files: dict[str, str] = field(default_factory=dict)
     rescan: bool = False
+    implied: set[str] = field(default_factory=set)
 
     def __bool__(self) -> bool:
         """Whether anything happened."""
@@ -66,22 +69,24 @@ class _Inbox(FileSystemEventHandler):
             if isinstance(event, _FOLDER_EVENTS):
                 self._batch.rescan = True
             elif isinstance(event, FileMovedEvent):
-                self._note(event.src_path, GONE)
-                self._note(event.dest_path, CLOSED)
+                self._note(event.src_path, GONE, event.is_synthetic)
+                self._note(event.dest_path, CLOSED, event.is_synthetic)
             elif isinstance(event, FileDeletedEvent):
-                self._note(event.src_path, GONE)
+                self._note(event.src_path, GONE, event.is_synthetic)
             else:
-                self._note(event.src_path, CLOSED if isinstance(event, FileClosedEvent) else CHANGED)
+                what = CLOSED if isinstance(event, FileClosedEvent) else CHANGED
+                self._note(event.src_path, what, event.is_synthetic)
             woken, self._woken = self._woken, True
         if not woken:
             self._wake()
 
-    def _note(self, path: bytes | str, what: str) -> None:
+    def _note(self, path: bytes | str, what: str, implied: bool) -> None:
         relative = os.path.relpath(os.fsdecode(path), self._root) if path else ".."
         if relative != ".." and not relative.startswith("../") and not is_own(relative):
             # Moved last: a path that went and came back must count as the newer of both.
             self._batch.files.pop(relative, None)
             self._batch.files[relative] = what
+            (self._batch.implied.add if implied else self._batch.implied.discard)(relative)
 
     def drain(self) -> Batch:
         with self._lock:

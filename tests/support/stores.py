@@ -109,6 +109,11 @@ class ScriptedStore:
         assert isinstance(found, ObjectInfo)
         return found
 
+    async def read(self, key: str, *, offset: int, length: int) -> bytes:
+        found = await self._do("read", key, lambda: self.inner.read(key, offset=offset, length=length))
+        assert isinstance(found, bytes)
+        return found
+
     async def put(
         self,
         key: str,

@@ -95,6 +95,15 @@ class ObjectStore(Protocol):
         """
         ...
 
+    async def read(self, key: str, *, offset: int, length: int) -> bytes:
+        """`length` bytes of an object from `offset` on, at most about one pack's.
+
+        Raises:
+            ObjectNotFoundError: There is no such object.
+            ShortAnswerError: Fewer came.
+        """
+        ...
+
     async def put(
         self,
         key: str,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import anyio.lowlevel
 
-from heeler_sync.errors import ObjectNotFoundError, PreconditionFailedError, UnsafeKeyError
+from heeler_sync.errors import ObjectNotFoundError, PreconditionFailedError, ShortAnswerError, UnsafeKeyError
 from heeler_sync.store.base import Condition, ObjectInfo, Reader, Sink
 from heeler_sync.store.providers import PROVIDERS, Provider
 
@@ -83,6 +83,14 @@ class MemoryStore:
         for start in range(offset, len(entry.data), _CHUNK):
             sink(entry.data[start : start + _CHUNK])
         return ObjectInfo(key, len(entry.data), entry.etag, entry.metadata)
+
+    async def read(self, key: str, *, offset: int, length: int) -> bytes:
+        """As `ObjectStore.read`."""
+        await anyio.lowlevel.checkpoint()
+        data = self._get("GetObject", key).data
+        if offset + length > len(data):
+            raise ShortAnswerError("GetObject", self._bucket, key, f"it has only {len(data)} bytes")
+        return data[offset : offset + length]
 
     async def put(
         self,

@@ -118,6 +118,10 @@ class RetryingStore:
         """As `ObjectStore.download`, once."""
         return await self._store.download(key, sink, offset=offset, if_match=if_match)
 
+    async def read(self, key: str, *, offset: int, length: int) -> bytes:
+        """As `ObjectStore.read`, retried."""
+        return await retrying(self._policy, lambda: self._store.read(key, offset=offset, length=length))
+
     async def put(
         self,
         key: str,

@@ -16,10 +16,11 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import obstore
+from obstore import Bytes
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from heeler_sync.errors import ObjectNotFoundError, PermanentStoreError, TransientStoreError
+from heeler_sync.errors import ObjectNotFoundError, PermanentStoreError, ShortAnswerError, TransientStoreError
 from heeler_sync.store.base import Condition, ObjectInfo, Reader, Sink
 from heeler_sync.store.obstore_errors import store_error
 from heeler_sync.store.providers import Provider, provider_for
@@ -161,6 +162,24 @@ class S3ObjectStore:
             if chunk is None:
                 return
             yield bytes(chunk)
+
+    async def read(self, key: str, *, offset: int, length: int) -> bytes:
+        """As `ObjectStore.read`."""
+
+        def call() -> bytes:
+            try:
+                data: Bytes | memoryview
+                if self._provider.ranges:
+                    data = obstore.get_range(self._once, key, start=offset, length=length)
+                else:
+                    data = memoryview(obstore.get(self._once, key).bytes())[offset : offset + length]
+            except _FAILURES as error:
+                raise store_error("GetObject", self._bucket, key, error) from None
+            if len(data) != length:
+                raise ShortAnswerError("GetObject", self._bucket, key, f"{len(data)} of {length} bytes came")
+            return bytes(data)
+
+        return await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._threads)
 
     async def put(
         self,

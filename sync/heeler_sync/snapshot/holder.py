@@ -1,0 +1,429 @@
+"""Holding a prefix: acquire, commit, complete, collect (docs/snapshot-format.md). No local files here.
+
+A `Holder` is the one owner of what we know of a prefix that we hold: the head as we last wrote it, the manifests that
+it lists, and the chunks that a commit of ours may refer to. Its calls that write come one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from blake3 import blake3
+
+from heeler_sync.errors import DamagedObjectError, FencedError, PrefixTakenError, StoreError, SyncError
+from heeler_sync.events import EventSink
+from heeler_sync.groups import for_each
+from heeler_sync.sender import Permit
+from heeler_sync.snapshot.head import DamagedHeadError, Head, Kept
+from heeler_sync.snapshot.layout import Layout
+from heeler_sync.snapshot.manifest import Manifest, Place, Tree, encode
+from heeler_sync.snapshot.packs import epoch_of, new_id
+from heeler_sync.snapshot.retention import dropped, garbage, references, retained
+from heeler_sync.snapshot.swap import HeadWriter, OvertakenError, Written, fenced_by
+from heeler_sync.store.retry import retrying
+
+_REGAINS = 3
+_CONTENDED = 5
+_DELETES_AT_ONCE = 8
+
+
+class FinishedError(SyncError):
+    """The job is done already: nothing is to be run or restored.
+
+    Attributes:
+        result: What it left.
+    """
+
+    def __init__(self, result: Mapping[str, Any]) -> None:
+        self.result = result
+        super().__init__("the job is done already")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Who wants to hold a prefix.
+
+    Attributes:
+        job_id: The job that the prefix is to belong to; empty for nobody's.
+        run_id: Which run of it.
+        attempt: Which delivery of it, from 1.
+        holder: Who we are, for people.
+        ordered: Whether a higher attempt is always the newer one. Where not, a holder that the queue still calls the
+            holder may take the prefix back.
+    """
+
+    job_id: str = ""
+    run_id: str = ""
+    attempt: int = 1
+    holder: str = ""
+    ordered: bool = True
+
+
+@dataclass(frozen=True)
+class Adoptable:
+    """A pack that an interrupted commit of ours had uploaded: its places by digest, and its size in bytes."""
+
+    places: Mapping[bytes, Place]
+    size: int
+
+
+class Holder:
+    """A prefix that we hold. Made by `acquire`."""
+
+    def __init__(self, layout: Layout, writer: HeadWriter, claim: Claim, on_event: EventSink, keep: int) -> None:
+        self.layout = layout
+        self._writer = writer
+        self._claim = claim
+        self._on_event = on_event
+        self._keep = keep
+        self._written: Written | None = None
+        self._manifests: dict[str, Manifest] = {}
+        self._places: dict[bytes, Place] = {}
+        self._sizes: dict[str, int] = {}
+        self._damaged: set[int] = set()
+        self._regains = 0
+        self._garbage: list[str] = []
+
+    @property
+    def head(self) -> Head:
+        """The head as we last wrote it."""
+        if self._written is None:
+            raise RuntimeError("a prefix is held only after acquire")
+        return self._written.head
+
+    @property
+    def epoch(self) -> int:
+        """Our fencing token."""
+        return self.head.epoch
+
+    def generations(self) -> list[Kept]:
+        """The generations of our run that can be restored, newest first; damaged ones are left out."""
+        mine = [kept for kept in self.head.kept if kept.run_id == self._claim.run_id]
+        return [kept for kept in reversed(mine) if kept.generation not in self._damaged]
+
+    def lists_any(self) -> bool:
+        """Whether the head lists a generation of our run, damaged or not."""
+        return any(kept.run_id == self._claim.run_id for kept in self.head.kept)
+
+    def latest(self) -> Manifest | None:
+        """The newest of them, if it can be read."""
+        for kept in self.generations()[:1]:
+            return self._manifests.get(kept.manifest)
+        return None
+
+    def known(self, digest: bytes) -> Place | None:
+        """Where a chunk is that a commit of ours may refer to."""
+        return self._places.get(digest)
+
+    # -- acquire ---------------------------------------------------------------------------------------------------
+
+    async def acquire(self, permit: Permit, adopt: Callable[[Head], Mapping[str, Adoptable]]) -> None:
+        """Take the prefix: from nobody, from whoever held it before, or anew from ourselves.
+
+        Args:
+            permit: Confirmed before and after.
+            adopt: Says, of the head before, which packs of an interrupted commit of our own go on to be used.
+
+        Raises:
+            FinishedError: The job is done.
+            PrefixTakenError: The prefix belongs to another job.
+            FencedError: A newer attempt of the job holds it.
+            DamagedHeadError: There are generations, but no head that can be read.
+        """
+        self._written = await self._contend(permit, adopt, self._refuse)
+        await permit.doubt()
+        await self._read_manifests()
+        self._on_event(
+            "acquired",
+            {
+                "location": str(self.layout.location),
+                "epoch": self.epoch,
+                "generation": self.head.generation,
+                "attempt": self._claim.attempt,
+            },
+        )
+
+    async def _contend(
+        self, permit: Permit, adopt: Callable[[Head], Mapping[str, Adoptable]], refuse: Callable[[Head], None]
+    ) -> Written:
+        for turn in range(_CONTENDED):
+            found = await self.layout.read_head()
+            if found is not None:
+                refuse(found[0])
+            elif await self._has_generations():
+                raise DamagedHeadError(str(self.layout.location), "there are generations here, and no head")
+            await permit.doubt()
+            adopted = adopt(found[0]) if found is not None else {}
+            head = self._taken(None if found is None else found[0], tuple(adopted))
+            try:
+                written = await self._writer.write(head, None if found is None else Written(*found))
+            except OvertakenError as overtaken:
+                if turn == _CONTENDED - 1:
+                    raise
+                self._on_event("acquire_contended", {"error": str(overtaken)})
+                continue
+            self._forget_own()
+            for pack, adoptable in adopted.items():
+                self._add_pack(pack, adoptable.size, adoptable.places)
+            return written
+        raise AssertionError("the last turn returns or raises")
+
+    def _refuse(self, head: Head) -> None:
+        claim = self._claim
+        if head.job_id not in ("", claim.job_id):
+            raise PrefixTakenError(str(self.layout.location), head.job_id)
+        if not head.is_of(claim.job_id, claim.run_id):
+            return
+        if head.complete:
+            raise FinishedError(dict(head.result or {}))
+        if claim.ordered and head.attempt > claim.attempt:
+            raise fenced_by(self.layout, head)
+
+    def _taken(self, head: Head | None, adopted: tuple[str, ...]) -> Head:
+        claim = self._claim
+        if head is None:
+            head = Head(claim.job_id, claim.run_id, claim.attempt, 0, "", 0.0)
+        same = head.is_of(claim.job_id, claim.run_id)
+        return replace(
+            head,
+            job_id=claim.job_id,
+            run_id=claim.run_id,
+            attempt=claim.attempt,
+            epoch=head.epoch + 1,
+            holder=claim.holder,
+            acquired=self._writer.now,
+            adopted=adopted,
+            status="open",
+            result=None,
+            failures=head.failures if same else 0,
+            interruptions=head.interruptions if same else 0,
+        )
+
+    async def _has_generations(self) -> bool:
+        async for page in self.layout.store.list(self.layout.own):
+            if any(self.layout.owned(info.key) for info in page):
+                return True
+        return False
+
+    def _forget_own(self) -> None:
+        """Of an epoch that is over: its packs that no head names may be collected by now."""
+        self._places.clear()
+        self._sizes.clear()
+
+    async def _read_manifests(self) -> None:
+        wanted = {kept.manifest: kept for kept in self.head.kept}
+        self._manifests = {name: found for name, found in self._manifests.items() if name in wanted}
+        for name, kept in wanted.items():
+            if name in self._manifests or kept.generation in self._damaged:
+                continue
+            try:
+                self._manifests[name] = await self.layout.read_manifest(kept)
+            except DamagedObjectError as error:
+                await self.still_lists(kept)
+                self.damaged(kept, str(error))
+        for kept in self.head.kept:
+            if kept.generation not in self._damaged and kept.manifest in self._manifests:
+                self._know(self._manifests[kept.manifest])
+
+    def manifest(self, kept: Kept) -> Manifest | None:
+        """The manifest of a generation, if it can be read."""
+        return self._manifests.get(kept.manifest)
+
+    async def still_lists(self, kept: Kept) -> bool:
+        """Whether the head, read again, is still ours and lists the generation: then what is missing is damage.
+
+        Raises:
+            FencedError: It is not ours any more: what is missing may have been collected since.
+        """
+        found = await self.layout.read_head()
+        if found is None or found[0].epoch != self.epoch:
+            raise fenced_by(self.layout, self.head if found is None else found[0])
+        return kept in found[0].kept
+
+    def damaged(self, kept: Kept, reason: str) -> None:
+        """A generation can't be restored: it is said, it is not kept, and its packs are not referred to any more."""
+        self._damaged.add(kept.generation)
+        self._on_event("generation_damaged", {"generation": kept.generation, "error": reason})
+
+    def forget_pack(self, pack: str) -> None:
+        """A pack was found missing or damaged: no commit refers to it from now on."""
+        self._places = {digest: place for digest, place in self._places.items() if place.pack != pack}
+
+    def _know(self, manifest: Manifest) -> None:
+        self._places.update(manifest.places)
+        self._sizes.update(manifest.packs)
+
+    # -- commit ----------------------------------------------------------------------------------------------------
+
+    def add_pack(self, pack: str, size: int, places: Mapping[bytes, Place]) -> None:
+        """A pack of our epoch is in storage: commits may refer to it."""
+        self._add_pack(pack, size, places)
+
+    def _add_pack(self, pack: str, size: int, places: Mapping[bytes, Place]) -> None:
+        self._sizes[pack] = size
+        for digest, place in places.items():
+            self._places[digest] = place
+
+    async def commit(self, tree: Tree, *, result: Mapping[str, Any] | None = None) -> Kept:
+        """Make `tree` the next generation; with a `result` the job is complete by the same write.
+
+        Every chunk of the tree must be `known`. Nothing is visible before the head is swapped.
+
+        Raises:
+            FencedError: The prefix is no longer ours. If the swap had taken effect before, the generation counts.
+        """
+        places = {digest: self._places[digest] for digest in tree.digests()}
+        manifest = Manifest(
+            generation=self.head.generation + 1,
+            epoch=self.epoch,
+            created=self._writer.now,
+            tree=tree,
+            places=places,
+            packs={pack: self._sizes[pack] for pack in {place.pack for place in places.values()}},
+        )
+        data = encode(manifest)
+        kept = Kept(
+            generation=manifest.generation,
+            run_id=self._claim.run_id,
+            manifest=new_id(self.epoch),
+            digest=blake3(data).hexdigest(),
+            created=manifest.created,
+            files=len(tree.files),
+            bytes=tree.size,
+        )
+        await self._put(self.layout.manifest_key(kept), data)
+        head = replace(
+            self.head,
+            generation=kept.generation,
+            kept=(*retained(self.head.kept, self._damaged, self._keep), kept),
+            adopted=(),
+        )
+        self._manifests[kept.manifest] = manifest
+        await self._swap(_completed(head, result))
+        return kept
+
+    async def complete(self, result: Mapping[str, Any]) -> None:
+        """Say that the job is done, with the newest generation as it is.
+
+        Raises:
+            FencedError: The prefix is no longer ours.
+        """
+        await self._swap(_completed(self.head, result))
+
+    async def _put(self, key: str, data: bytes) -> None:
+        store = self.layout.store
+        await retrying(self.layout.policy, lambda: store.put(key, data))
+
+    async def _swap(self, head: Head) -> None:
+        before, kept_before = references(self.head, self._manifests), self.head.kept
+        named_before = self._named()
+        self._written = await self._writer.write(head, self._written)
+        names = {kept.manifest for kept in self.head.kept}
+        self._manifests = {name: found for name, found in self._manifests.items() if name in names}
+        named = self._named()
+        gone = named_before - named
+        # A commit refers only to packs of the head that it replaces, and to those of its own epoch.
+        self._places = {
+            digest: place
+            for digest, place in self._places.items()
+            if place.pack in named or (epoch_of(place.pack) == self.epoch and place.pack not in gone)
+        }
+        after = references(self.head, self._manifests)
+        if after is not None and before is not None:
+            # What an unreadable manifest needs is not known: then a later epoch's sweep finds what is left.
+            self._garbage.extend(dropped(self.layout, before, after, kept_before))
+
+    def _named(self) -> set[str]:
+        """The packs that the head names, as far as its manifests can be read."""
+        manifests = (self._manifests.get(kept.manifest) for kept in self.head.kept)
+        return set(self.head.adopted).union(*(found.packs for found in manifests if found is not None))
+
+    # -- collect ---------------------------------------------------------------------------------------------------
+
+    async def collect(self, permit: Permit) -> int:
+        """Delete what confirmed swaps of ours made garbage; how many objects that were.
+
+        What can't be deleted now is left to the sweep of a later epoch.
+        """
+        wanted, self._garbage = self._garbage, []
+        return await self._delete(wanted, permit)
+
+    async def sweep(self, permit: Permit) -> int:
+        """Delete what epochs before ours left behind and the head does not name; how many objects that were."""
+        head, refers = self.head, references(self.head, self._manifests)
+        if refers is None:
+            return 0
+        found: list[str] = []
+        async for page in self.layout.store.list(self.layout.own):
+            found.extend(garbage(self.layout, (info.key for info in page), refers, head.epoch))
+        return await self._delete(found, permit)
+
+    async def _delete(self, keys: Collection[str], permit: Permit) -> int:
+        deleted: list[str] = []
+        refused: list[StoreError] = []
+
+        async def delete(key: str) -> None:
+            if refused or not permit.certain():
+                return  # garbage stays garbage: the next holder finds it
+            try:
+                await self.layout.store.delete(key)
+            except StoreError as error:
+                refused.append(error)
+            else:
+                deleted.append(key)
+
+        await for_each(keys, delete, _DELETES_AT_ONCE)
+        if refused:
+            self._on_event("collect_failed", {"error": str(refused[0])})
+        if deleted:
+            self._on_event("collected", {"location": str(self.layout.location), "objects": len(deleted)})
+        return len(deleted)
+
+    # -- fenced ----------------------------------------------------------------------------------------------------
+
+    async def regain(self, fenced: FencedError, permit: Permit) -> None:
+        """Take the prefix back, where attempts don't order and the queue still calls us the holder.
+
+        Raises:
+            FencedError: It is not ours to take back: `fenced` itself.
+        """
+        if self._claim.ordered or self._regains >= _REGAINS:
+            raise fenced
+        generation = self.head.generation
+
+        def refuse(head: Head) -> None:
+            ours = head.is_of(self._claim.job_id, self._claim.run_id) and not head.complete
+            if head.generation != generation or not ours:
+                raise fenced
+
+        self._regains += 1
+        self._written = await self._contend(permit, _nothing, refuse)
+        await permit.doubt()
+        await self._read_manifests()
+        self._on_event("regained", {"location": str(self.layout.location), "epoch": self.epoch})
+
+
+def _nothing(_head: Head) -> Mapping[str, Adoptable]:
+    return {}
+
+
+def _completed(head: Head, result: Mapping[str, Any] | None) -> Head:
+    return head if result is None else replace(head, status="complete", result=dict(result))
+
+
+async def acquire(
+    layout: Layout,
+    claim: Claim,
+    permit: Permit,
+    on_event: EventSink,
+    *,
+    keep: int = 2,
+    fenced: bool = True,
+    adopt: Callable[[Head], Mapping[str, Adoptable]] = _nothing,
+) -> Holder:
+    """Take a prefix; see `Holder.acquire`."""
+    holder = Holder(layout, HeadWriter(layout, fenced=fenced), claim, on_event, keep)
+    await holder.acquire(permit, adopt)
+    return holder
