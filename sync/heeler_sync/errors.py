@@ -6,7 +6,9 @@ may the same call succeed later (`TransientStoreError`), or does somebody have t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime, timezone
+from typing import Any
 
 
 class SyncError(Exception):
@@ -112,6 +114,18 @@ class FencedError(SyncError):
         self.since = since
         when = datetime.fromtimestamp(since, timezone.utc).isoformat(timespec="seconds")
         super().__init__(f"{location} is held by {holder} (epoch {epoch}) since {when}")
+
+
+class FinishedError(SyncError):
+    """The job is done already: nothing is to be run or restored.
+
+    Attributes:
+        result: What it left.
+    """
+
+    def __init__(self, result: Mapping[str, Any]) -> None:
+        self.result = result
+        super().__init__("the job is done already")
 
 
 class PrefixTakenError(SyncError):

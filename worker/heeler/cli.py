@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import os
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import Annotated, NoReturn
 
 import typer
 
 from heeler import __version__, signals
-from heeler.config import Configuration, Settings, environment_name, flag_name, load, show
+from heeler.config import Configuration, Settings
 from heeler.errors import EXIT_USAGE, HeelerError, UsageError
+from heeler.flags import with_settings
 
 app = typer.Typer(
     name="heeler",
@@ -25,55 +22,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="Settings file [default: heeler.toml, if there].")
-]
-
-
-def _with_settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., None]]:
-    """Give a command the flags of the named settings, and `configuration` as its first argument."""
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., None]:
-        hints = get_type_hints(command, include_extras=True)
-        taken = list(inspect.signature(command).parameters.values())[1:]
-        own = [parameter.replace(annotation=hints[parameter.name]) for parameter in taken]
-        options = [_option(entry.name) for entry in fields(Settings) if entry.name in names]
-        file = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_ConfigFile)
-
-        @functools.wraps(command)
-        def run(**arguments: Any) -> None:
-            flags = {name: value for name in names if (value := arguments.pop(name)) is not None}
-            configuration = load(flags, os.environ, arguments.pop("config"))
-            command(configuration, **arguments)
-
-        parameters = [*own, *options, file]
-        parameters.sort(key=lambda parameter: parameter.kind)
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        del run.__wrapped__
-        return run
-
-    return decorate
-
-
-def _option(name: str) -> inspect.Parameter:
-    entry = next(entry for entry in fields(Settings) if entry.name == name)
-    default = f" [default: {show(entry.default)}]" if show(entry.default) else ""
-    words = entry.metadata["words"][:1].upper() + entry.metadata["words"][1:]
-    help_text = f"{words}.{default} ({environment_name(name)})"
-    option = typer.Option(flag_name(name), metavar="VALUE", help=help_text)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
-    )
-
-
 _RUN_SETTINGS = tuple(
     entry.name for entry in fields(Settings) if not entry.metadata["secret"] and entry.name not in ("job", "when_done")
 )
 
 
 @app.command()
-@_with_settings(*_RUN_SETTINGS, "when_done")
+@with_settings(*_RUN_SETTINGS, "when_done")
 def run(
     configuration: Configuration,
     job: Annotated[
@@ -90,7 +45,7 @@ def run(
 
 
 @app.command()
-@_with_settings("source")
+@with_settings("source")
 def submit(
     configuration: Configuration,
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="A job document, a list of them, or one a line.")],
@@ -112,7 +67,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @jobs_app.callback()
-@_with_settings("source")
+@with_settings("source")
 def jobs(configuration: Configuration, context: typer.Context, json: _Json = False) -> None:
     """List the jobs of the queue, oldest first."""
     from heeler import desk  # noqa: PLC0415
@@ -123,7 +78,7 @@ def jobs(configuration: Configuration, context: typer.Context, json: _Json = Fal
 
 
 @jobs_app.command("show")
-@_with_settings("source")
+@with_settings("source")
 def jobs_show(
     configuration: Configuration,
     context: typer.Context,
@@ -139,7 +94,7 @@ def jobs_show(
 
 
 @app.command()
-@_with_settings("source")
+@with_settings("source")
 def cancel(configuration: Configuration, job_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     """Cancel a job; a running one stops at its next heartbeat."""
     from heeler import desk  # noqa: PLC0415
@@ -148,7 +103,7 @@ def cancel(configuration: Configuration, job_id: Annotated[str, typer.Argument(m
 
 
 @app.command()
-@_with_settings("source", "state_dir", "control")
+@with_settings("source", "state_dir", "control")
 def status(configuration: Configuration, json: _Json = False) -> None:
     """Show what the runtime on this machine is doing, and the queue if one is named."""
     from heeler import desk  # noqa: PLC0415
@@ -157,7 +112,7 @@ def status(configuration: Configuration, json: _Json = False) -> None:
 
 
 @app.command("config")
-@_with_settings(*(entry.name for entry in fields(Settings) if entry.name != "job"))
+@with_settings(*(entry.name for entry in fields(Settings) if entry.name != "job"))
 def show_config(configuration: Configuration, json: _Json = False) -> None:
     """Print every setting with its origin, secrets masked."""
     from heeler import desk  # noqa: PLC0415

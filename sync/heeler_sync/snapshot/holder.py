@@ -12,7 +12,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from heeler_sync.errors import DamagedObjectError, FencedError, PrefixTakenError, StoreError, SyncError
+from heeler_sync.errors import DamagedObjectError, FencedError, FinishedError, PrefixTakenError, StoreError
 from heeler_sync.events import EventSink
 from heeler_sync.groups import for_each
 from heeler_sync.sender import Permit
@@ -27,18 +27,6 @@ from heeler_sync.store.retry import retrying
 _REGAINS = 3
 _CONTENDED = 5
 _DELETES_AT_ONCE = 8
-
-
-class FinishedError(SyncError):
-    """The job is done already: nothing is to be run or restored.
-
-    Attributes:
-        result: What it left.
-    """
-
-    def __init__(self, result: Mapping[str, Any]) -> None:
-        self.result = result
-        super().__init__("the job is done already")
 
 
 @dataclass(frozen=True)

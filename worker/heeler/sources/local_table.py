@@ -45,6 +45,7 @@ CREATE TABLE IF NOT EXISTS jobs (
 CREATE INDEX IF NOT EXISTS jobs_open ON jobs (state, visible_at);
 """
 _VERSION = 1
+_LOCKED_SECONDS = 0.01
 _BUSY_SECONDS = 5.0
 _RECORD = ("id", "state", "attempts", "failures", "interruptions", "reason", "worker", "created", "finished", "result")
 
@@ -100,9 +101,23 @@ class JobTable:
         connection = sqlite3.connect(
             self._path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False
         )
-        connection.execute("PRAGMA journal_mode = WAL")
+        self._use_log(connection)
         connection.execute("PRAGMA synchronous = FULL")
         return connection
+
+    def _use_log(self, connection: sqlite3.Connection) -> None:
+        """Switch a new file to a write-ahead log. SQLite does not wait for others that open it at this moment."""
+        give_up = time.monotonic() + self._busy_seconds
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() >= give_up:
+                    connection.close()
+                    raise
+                time.sleep(_LOCKED_SECONDS)
+            else:
+                return
 
     def stamp(self) -> object:
         """Differs whenever another process has changed the queue since; does not block."""
