@@ -6,7 +6,7 @@ may the same call succeed later (`TransientStoreError`), or does somebody have t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -142,6 +142,26 @@ class PrefixTakenError(SyncError):
         super().__init__(f"{location} holds the checkpoints of job {job_id}; give this job a prefix of its own")
 
 
+class DamagedHeadError(SyncError):
+    """The head can't be read, or is missing where generations are: only a person may decide what to go on from.
+
+    Attributes:
+        location: The prefix, as s3://bucket/prefix/.
+    """
+
+    def __init__(self, location: str, detail: str) -> None:
+        self.location = location
+        super().__init__(f"{location}: {detail}; stop its workers and run: heeler sync repair {location}")
+
+
+class NoGenerationError(SyncError):
+    """Every generation of a prefix is damaged: nothing can be restored, and nothing starts from zero."""
+
+    def __init__(self, location: str, reasons: Sequence[str]) -> None:
+        said = "; ".join(reasons) or "none of them can be read"
+        super().__init__(f"{location} has no generation that can be restored: {said}")
+
+
 class UnfencedStoreError(SyncError):
     """The store does not refuse a write whose condition fails, so no worker could be kept out."""
 
@@ -150,6 +170,18 @@ class UnfencedStoreError(SyncError):
             f"the storage of bucket {bucket} does not enforce If-Match, which snapshots need;"
             " use mode mirror, other storage, or --allow-unfenced at your own risk"
         )
+
+
+class NotNowError(SyncError):
+    """The tree can't be had at one instant now.
+
+    Attributes:
+        path: The file that hinders, relative.
+    """
+
+    def __init__(self, path: str, detail: str) -> None:
+        self.path = path
+        super().__init__(f"{path} {detail}")
 
 
 class PermitInDoubtError(SyncError):

@@ -14,6 +14,7 @@ from typing import Any
 import anyio
 
 from heeler.app.base import Assignment
+from heeler.checkpoints import Generation
 from heeler.drain import Drain
 from heeler.job import Ending, Job, Outcome, Result
 from heeler.sources.base import Lease, LeaseState, SourceUnavailableError, Verdict
@@ -48,6 +49,7 @@ class ScriptedLease:
     ) -> None:
         self.job = job or Job("job-1", b"{}")
         self.attempt = attempt
+        self.attempts_ordered = True
         self.expires_after = expires_after
         self.answers = list(answers)
         self.settle_answers = list(settle_answers)
@@ -124,6 +126,7 @@ class ScriptedFiles:
         self.hooks = dict(hooks or {})
         self.reserve_seconds = reserve_seconds
         self.count = 0
+        self.completed: list[Result] = []
         self.frozen = False
         self.closed = False
 
@@ -143,8 +146,16 @@ class ScriptedFiles:
         yield
         self.calls.append("unwatch")
 
-    async def flush(self, *, whole: bool) -> None:
-        await self._do("flush", "whole" if whole else "settled")
+    async def flush(self, *, whole: bool, result: Result | None) -> None:
+        await self._do("flush", "whole" if whole else "settled", *(["done"] if result is not None else []))
+
+    async def complete(self, result: Result) -> None:
+        self.completed.append(result)
+        await anyio.lowlevel.checkpoint()
+
+    async def checkpoint(self) -> list[Generation]:
+        await self._do("checkpoint")
+        return [Generation(1, 1, 1)]
 
     def freeze(self) -> None:
         self.frozen = True

@@ -10,6 +10,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
+from heeler.checkpoints import Checkpoints
 from heeler.control.server import bind, serve
 from heeler.drain import Drain
 from heeler.status import Status
@@ -31,7 +32,7 @@ def answers(address: str, state_dir: Path, *asked: dict[str, str]) -> tuple[list
         listener = bind(f"{address}:0")
         host, port = listener.getsockname()[:2]
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(serve, listener, status, Drain(1), state_dir)
+            tasks.start_soon(serve, listener, status, Drain(1), Checkpoints(), state_dir)
             with anyio.fail_after(20):
                 found = [await anyio.to_thread.run_sync(ask, host, port, headers) for headers in asked]
             tasks.cancel_scope.cancel()

@@ -15,7 +15,7 @@ from heeler.drain import Drain
 from heeler.forwarder import Forwarder
 from heeler.job import Ending, InvalidJobError, Job, Outcome, Result
 from heeler.lease import LeaseKeeper
-from heeler.sources.base import LeaseLostError, LeaseState
+from heeler.sources.base import Lease, LeaseLostError, LeaseState
 from heeler.status import Status
 from heeler_sync.errors import (
     AccessDeniedError,
@@ -74,8 +74,8 @@ class World:
             self.source, self.delivery, self._open, self.drain, self.status, rng=random.Random(1), **limits
         )
 
-    def _open(self, job: Job, keeper: LeaseKeeper) -> ScriptedFiles:
-        if job.body == b"poison":
+    def _open(self, lease: Lease, keeper: LeaseKeeper) -> ScriptedFiles:
+        if lease.job.body == b"poison":
             raise InvalidJobError("sync.before.0.prefix", "is bad")
         self.files.append(ScriptedFiles(self.calls, self.hooks, self.reserve))
         return self.files[-1]
@@ -109,7 +109,7 @@ def ended(outcome: Outcome, code: int | None = None, *, whole: bool = False, del
     return ScriptedDelivery(Ending(outcome, "why", Result(exit_code=code), whole=whole, delay=delay))
 
 
-ORDER = ["restore", "restore done", "watch", "flush whole", "flush done", "unwatch", "publish", "publish done"]
+ORDER = ["restore", "restore done", "watch", "flush whole done", "flush done", "unwatch", "publish", "publish done"]
 
 
 async def test_a_job_that_succeeds_is_reported_done_after_all_its_files_are_durable() -> None:

@@ -150,13 +150,18 @@ def test_times_are_finite(name: str) -> None:
         ({"compression": True}, "compression"),
         ({"webhook": "http://x"}, "webhook"),
         ({"result_key": "k"}, "result_key"),
-        ({"sync": {"during": [{**ENTRY, "mode": "snapshot"}]}}, "snapshot"),
     ],
 )
 def test_what_is_not_supported_yet_is_refused_by_name(change: dict[str, Any], word: str) -> None:
     error = fault({"command": "true", **change})
     assert word in str(error)
     assert "not supported yet" in error.reason
+
+
+def test_a_ready_file_belongs_to_a_snapshot() -> None:
+    assert "mode 'snapshot'" in fault({"command": "true", "sync": {"during": [{**ENTRY, "ready": "*/done"}]}}).reason
+    snapshot = {**ENTRY, "mode": "snapshot", "ready": "*/done"}
+    assert parse(command="true", sync={"during": [snapshot]}).sync.during[0].ready == "*/done"
 
 
 @pytest.mark.parametrize("value", [False, None])

@@ -13,6 +13,9 @@ from heeler.config import Settings, load
 from heeler.files import JobFiles, JobFilesSettings
 from heeler.job import InvalidJobError, Job
 from heeler.rooms import Rooms
+from heeler_sync.snapshot.index import MemoryIndex
+from heeler_sync.snapshot.session import Fences
+from tests.support.leases import ScriptedLease
 
 
 @pytest.fixture
@@ -77,7 +80,8 @@ def open_files(settings: Settings, base: Path, sync: dict[str, Any]) -> JobFiles
 
     body = json.dumps({"command": "true", "sync": sync}).encode()
     permit: Any = None
-    return JobFiles(Job("job", body), permit, JobFilesSettings(settings, none, none, base))
+    context = JobFilesSettings(settings, none, none, "worker", Fences(none), MemoryIndex(), base)
+    return JobFiles(ScriptedLease(job=Job("job", body)), permit, context)
 
 
 def test_a_folder_inside_another_that_is_restored_is_refused_by_field(settings: Settings, base: Path) -> None:

@@ -13,6 +13,7 @@ from heeler import __version__, signals
 from heeler.config import Configuration, Settings
 from heeler.errors import EXIT_USAGE, HeelerError, UsageError
 from heeler.flags import with_settings
+from heeler.sync_commands import sync_app
 
 app = typer.Typer(
     name="heeler",
@@ -52,17 +53,21 @@ def submit(
     wait: Annotated[
         bool, typer.Option("--wait", help="Return when all have ended; exit code 1 if one failed.")
     ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew: no checkpoint or result of an earlier run counts.")
+    ] = False,
 ) -> None:
     """Put jobs into the queue and print their ids, one a line."""
     from heeler import desk  # noqa: PLC0415
 
-    raise typer.Exit(desk.submit(configuration.settings.source, file, wait=wait))
+    raise typer.Exit(desk.submit(configuration.settings.source, file, wait=wait, fresh=fresh))
 
 
 jobs_app = typer.Typer(
     invoke_without_command=True, help="List the jobs of the queue.", rich_markup_mode=None, no_args_is_help=False
 )
 app.add_typer(jobs_app, name="jobs")
+app.add_typer(sync_app, name="sync")
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -109,6 +114,15 @@ def status(configuration: Configuration, json: _Json = False) -> None:
     from heeler import desk  # noqa: PLC0415
 
     desk.print_status(configuration.settings, as_json=json)
+
+
+@app.command()
+@with_settings("state_dir", "control")
+def checkpoint(configuration: Configuration, json: _Json = False) -> None:
+    """Make the running job's checkpoints durable as they are now; return when they are."""
+    from heeler import desk  # noqa: PLC0415
+
+    desk.take_checkpoint(configuration.settings, as_json=json)
 
 
 @app.command("config")

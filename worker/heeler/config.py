@@ -34,7 +34,10 @@ _SERVICE_LINK = re.compile(
 _NOT_SETTINGS = {
     "HEELER_CONFIG",
     # What we tell the program: a heeler started by a job of another must not stumble over them.
-    *(f"HEELER_{name}" for name in ("JOB_ID", "ATTEMPT", "INPUT_DIR", "CHECKPOINT_DIR", "OUTPUT_DIR", "PROCESS_TAG")),
+    *(
+        f"HEELER_{name}"
+        for name in ("JOB_ID", "ATTEMPT", "INPUT_DIR", "CHECKPOINT_DIR", "OUTPUT_DIR", "PROCESS_TAG", "CONTROL_URL")
+    ),
 }
 
 
@@ -134,7 +137,13 @@ class Settings:
     startup_timeout: float = _setting(60.0, "how long storage may be out of reach at the start", _seconds)
     log_format: str = _setting("auto", "auto (text on a terminal), json or text", _choice("auto", "json", "text"))
     inputs: str | None = _setting(None, "s3://bucket/prefix/ downloaded before jobs that name no sync of their own")
-    checkpoints: str | None = _setting(None, "s3://bucket/prefix/{job_id}/ restored before and mirrored during them")
+    checkpoints: str | None = _setting(None, "s3://bucket/prefix/{job_id}/ restored before and kept during them")
+    checkpoint_mode: str = _setting(
+        "snapshot", "how checkpoints are kept: snapshot or mirror", _choice("snapshot", "mirror")
+    )
+    checkpoint_ready: str | None = _setting(
+        None, "glob of the file that the program writes last of each checkpoint (snapshot)"
+    )
     outputs: str | None = _setting(None, "s3://bucket/prefix/{job_id}/ uploaded after such jobs")
     input_dir: str = _setting("/input", "the folder of inputs", aliases=("INPUT_DIR",))
     checkpoint_dir: str = _setting("/checkpoint", "the folder of checkpoints", aliases=("CHECKPOINT_DIR",))
@@ -157,6 +166,12 @@ class Settings:
         _seconds,
         aliases=(("FILE_WATCHER_MAX_WAIT_MS", _milliseconds),),
     )
+    checkpoint_quiet: float = _setting(
+        2.0, "without a change, before a checkpoint without a ready file counts as complete", _seconds
+    )
+    commit_interval: float = _setting(15.0, "between two commits of such checkpoints", _seconds)
+    keep_generations: int = _setting(2, "how many generations of a checkpoint are kept", _count)
+    allow_unfenced: bool = _setting(False, "keep snapshots in storage that can't keep superseded workers out", _flag)
     restore_patience: float = _setting(600.0, "without progress, before a restore is left to another worker", _seconds)
     s3_endpoint: str | None = _setting(
         None,

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from heeler.config import Configuration, Settings
-from heeler.control import ADDRESS_FILE
+from heeler.control import client
 from heeler.errors import UsageError
 from heeler.job import InvalidJobError
 from heeler.sources import open_desk
@@ -23,13 +22,21 @@ _POLL_SECONDS = 0.2
 _ENDED = {"done", "failed", "cancelled"}
 
 
-def submit(source: str | None, file: str, *, wait: bool) -> int:
-    """Submit what `file` ("-" is standard input) holds and print the ids; with `wait`, 1 if a job did not end done.
+def submit(source: str | None, file: str, *, wait: bool, fresh: bool) -> int:
+    """Submit what `file` ("-" is standard input) holds and print the ids.
+
+    Args:
+        source: The queue.
+        file: Where the documents are.
+        wait: Return when all have ended: 1 if a job did not end done.
+        fresh: Give each a new run id, so that checkpoints and results of earlier runs don't count.
 
     Raises:
         HeelerError: Nothing was submitted; the message names what to mend.
     """
     documents = split_documents(_read(file))
+    if fresh:
+        documents = [_with_run_id(document) for document in documents]
     desk = open_desk(source)
     try:
         ids = desk.submit(documents)
@@ -83,6 +90,13 @@ def split_documents(text: str) -> list[bytes]:
     if not documents:
         raise UsageError("the list of job documents is empty")
     return [json.dumps(document).encode() for document in documents]
+
+
+def _with_run_id(document: bytes) -> bytes:
+    data = json.loads(document)
+    if not isinstance(data, dict):
+        return document  # refused by name in a moment
+    return json.dumps({**data, "run_id": secrets.token_hex(8)}).encode()
 
 
 def print_jobs(source: str | None, *, as_json: bool) -> None:
@@ -140,7 +154,7 @@ def cancel(source: str | None, job_id: str) -> None:
 
 def print_status(settings: Settings, *, as_json: bool) -> None:
     """What the runtime of our state folder says, and how many jobs the queue has in each state."""
-    runtime = _ask_runtime(settings)
+    runtime = client.ask(settings)
     queue: dict[str, int] | None = None
     if settings.source is not None and settings.source.startswith("local:"):
         queue = {}
@@ -164,6 +178,11 @@ def _print_runtime(runtime: dict[str, Any] | None) -> None:
     since = time.strftime("%H:%M:%S", time.localtime(runtime["since"]))
     print(f"runtime   {runtime['worker']} on {runtime['source']}")
     print(f"phase     {runtime['phase']} since {since}{job}{', draining' if runtime['draining'] else ''}")
+    if kept := runtime["checkpoint"]:
+        when = time.strftime("%H:%M:%S", time.localtime(kept["time"]))
+        print(f"kept      generation {kept['generation']} at {when}: {kept['files']} files, {kept['bytes']} bytes")
+    if runtime["unfenced"]:
+        print("unfenced  this storage can't keep a superseded worker from overwriting newer checkpoints")
     ended = ", ".join(f"{count} {name}" for name, count in sorted(runtime["outcomes"].items()))
     print(f"attempts  {ended or 'none ended yet'}")
     for fault in runtime["faults"][-5:]:
@@ -172,19 +191,16 @@ def _print_runtime(runtime: dict[str, Any] | None) -> None:
         print(f"fault     {when} {fault['event']} {what}".rstrip())
 
 
-def _ask_runtime(settings: Settings) -> dict[str, Any] | None:
-    place = Path(settings.state_dir) / ADDRESS_FILE
-    try:
-        url = place.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(f"{url}/v1/status", timeout=5) as answer:
-            found: dict[str, Any] = json.load(answer)
-            return found
-    except (urllib.error.URLError, OSError, ValueError):
-        return None
+def take_checkpoint(settings: Settings, *, as_json: bool) -> None:
+    """Have the runtime make the running job's checkpoints durable; print them when they are."""
+    found = client.take_checkpoint(settings)
+    if as_json:
+        _print_json({"generations": found})
+        return
+    for generation in found:
+        print(f"generation {generation['number']}: {generation['files']} files, {generation['bytes']} bytes")
+    if not found:
+        print("nothing to keep: the job has no snapshot folders, or they are empty")
 
 
 def print_config(configuration: Configuration, *, as_json: bool) -> None:

@@ -10,18 +10,25 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
+from heeler.checkpoints import Generation
 from heeler.config import Settings
-from heeler.job import InvalidJobError, Job, JobDocument, SyncEntry, SyncSpec, first_fault
+from heeler.job import InvalidJobError, JobDocument, Result, SyncEntry, SyncSpec, first_fault
 from heeler.rooms import Rooms
+from heeler.sources.base import Lease
 from heeler_sync.errors import BadLocationError
 from heeler_sync.events import EventSink
-from heeler_sync.paths import location, parse_location
+from heeler_sync.paths import Location, location, parse_location
 from heeler_sync.sender import Permit
-from heeler_sync.session import Capture, Plan, Session, SyncFolder
+from heeler_sync.session import Capture, Plan, Session, SnapshotSettings, SyncFolder
 from heeler_sync.settle import SettleTimes
+from heeler_sync.snapshot.committer import SnapshotTimes
+from heeler_sync.snapshot.holder import Claim
+from heeler_sync.snapshot.index import FileIndex
+from heeler_sync.snapshot.session import Fences
 from heeler_sync.store.base import ObjectStore
 
 _JOB_ID = "{job_id}"
@@ -38,27 +45,35 @@ class JobFilesSettings:
         settings: Ours.
         stores: Gives the store of a bucket.
         on_event: Told of what happens to files.
+        worker: Who we are, for people who look at a head.
+        fences: Knows which stores enforce conditions.
+        index: Keeps what was read of files.
         base: Relative local paths start here.
     """
 
     settings: Settings
     stores: Callable[[str], ObjectStore]
     on_event: EventSink
+    worker: str
+    fences: Fences
+    index: FileIndex
     base: Path = field(default_factory=Path.cwd)
 
 
 class JobFiles:
-    """The folders of one attempt. Implements `heeler.forwarder.Files`."""
+    """The folders of one attempt. Implements `heeler.folders.Files`."""
 
-    def __init__(self, job: Job, permit: Permit, context: JobFilesSettings) -> None:
+    def __init__(self, lease: Lease, permit: Permit, context: JobFilesSettings) -> None:
         """Work out the folders; nothing is touched yet.
 
         Raises:
             InvalidJobError: The message is no job document, or a folder or prefix in it can't be used.
         """
+        job = lease.job
         document = job.document()
         settings = context.settings
         plan = _plan(job.id, document, context)
+        claim = Claim(job.id, document.run_id, lease.attempt, context.worker, lease.attempts_ordered)
         self.environment = _environment(plan, settings)
         self._session = Session(
             plan,
@@ -67,6 +82,14 @@ class JobFiles:
             on_event=context.on_event,
             times=SettleTimes(settings.debounce, settings.open_wait, settings.max_wait),
             patience=settings.restore_patience,
+            snapshots=SnapshotSettings(
+                claim=claim,
+                fences=context.fences,
+                times=SnapshotTimes(settings.checkpoint_quiet, settings.commit_interval, settings.max_wait),
+                keep=settings.keep_generations,
+                index=context.index,
+                spool=settings.state_path / "spool",
+            ),
         )
 
     async def restore(self) -> None:
@@ -87,13 +110,21 @@ class JobFiles:
         """As `Files.close`."""
         self._session.close()
 
-    async def flush(self, *, whole: bool) -> None:
+    async def flush(self, *, whole: bool, result: Result | None) -> None:
         """As `Files.flush`."""
-        await self._session.flush(Capture(whole=whole))
+        await self._session.flush(Capture(whole=whole), result=None if result is None else result.as_json())
 
     async def publish(self) -> None:
         """As `Files.publish`."""
         await self._session.publish()
+
+    async def complete(self, result: Result) -> None:
+        """As `Files.complete`."""
+        await self._session.complete(result.as_json())
+
+    async def checkpoint(self) -> list[Generation]:
+        """As `Files.checkpoint`."""
+        return [Generation(kept.generation, kept.files, kept.bytes) for kept in await self._session.checkpoint()]
 
     async def discard(self) -> None:
         """As `Files.discard`."""
@@ -107,7 +138,7 @@ class JobFiles:
 
     def durable(self) -> int:
         """As `Files.durable`."""
-        return self._session.progress.files_up
+        return self._session.progress.files_up + self._session.progress.generations
 
 
 def _plan(job_id: str, document: JobDocument, context: JobFilesSettings) -> Plan:
@@ -121,7 +152,21 @@ def _plan(job_id: str, document: JobDocument, context: JobFilesSettings) -> Plan
         after=_folders("after", spec.after, job_id, rooms),
     )
     _refuse_nested(plan.before)
+    _refuse_mixed(plan)
     return plan
+
+
+def _refuse_mixed(plan: Plan) -> None:
+    """A generation is a whole folder's: no second prefix can be restored into it, and none can be two folders'."""
+    for index, folder in enumerate(plan.before):
+        for other in plan.before:
+            if folder.path == other.path and folder is not other and (folder.snapshot or other.snapshot):
+                words = f"{folder.path} is restored from a snapshot, so no other entry can be restored into it"
+                raise InvalidJobError(f"sync.before.{index}.local_path", words)
+    kept: dict[Location, Path] = {}
+    for folder in (*plan.before, *plan.during, *plan.after):
+        if folder.snapshot and kept.setdefault(folder.location, folder.path) != folder.path:
+            raise InvalidJobError("sync", f"{folder.location} can't be the snapshots of two folders; name two prefixes")
 
 
 def _refuse_nested(folders: tuple[SyncFolder, ...]) -> None:
@@ -142,19 +187,20 @@ def default_sync(settings: Settings) -> SyncSpec:
         InvalidJobError: One of them is no s3://bucket/prefix/, or many jobs would share one checkpoint.
     """
 
-    def entries(url: str | None, folder: str, name: str) -> tuple[SyncEntry, ...]:
+    def entries(url: str | None, folder: str, name: str, **fields: Any) -> tuple[SyncEntry, ...]:
         if url is None:
             return ()
         try:
             place = parse_location(url)
-            return (SyncEntry(bucket=place.bucket, prefix=place.prefix, local_path=folder),)
+            return (SyncEntry(bucket=place.bucket, prefix=place.prefix, local_path=folder, **fields),)
         except BadLocationError as error:
             raise InvalidJobError(name, str(error)) from None
         except ValidationError as error:
             raise InvalidJobError(name, f"{url!r}: {first_fault(error)}") from None
 
     inputs = entries(settings.inputs, settings.input_dir, "HEELER_INPUTS")
-    checkpoints = entries(settings.checkpoints, settings.checkpoint_dir, "HEELER_CHECKPOINTS")
+    mode = {"mode": settings.checkpoint_mode, "ready": settings.checkpoint_ready}
+    checkpoints = entries(settings.checkpoints, settings.checkpoint_dir, "HEELER_CHECKPOINTS", **mode)
     outputs = entries(settings.outputs, settings.output_dir, "HEELER_OUTPUTS")
     if settings.source not in (None, "once") and any(_JOB_ID not in entry.prefix for entry in checkpoints):
         words = f"{settings.checkpoints!r} would give every job of the queue the checkpoint of another; put"
@@ -175,7 +221,8 @@ def _folder(where: str, entry: SyncEntry, job_id: str, rooms: Rooms) -> SyncFold
         path = rooms.folder(entry.local_path.replace(_JOB_ID, job_id))
     except ValueError as error:
         raise InvalidJobError(f"{where}.local_path", str(error)) from None
-    return SyncFolder(place, path, re.compile(entry.pattern) if entry.pattern else None)
+    pattern = re.compile(entry.pattern) if entry.pattern else None
+    return SyncFolder(place, path, pattern, snapshot=entry.mode == "snapshot", ready=entry.ready)
 
 
 def _environment(plan: Plan, settings: Settings) -> Mapping[str, str]:

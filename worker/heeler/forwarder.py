@@ -7,22 +7,35 @@ cancelled and nothing more is changed or reported. Nothing is reported done befo
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
 
 import anyio
 
 from heeler.app.base import Assignment, Delivery
+from heeler.checkpoints import Checkpoints
 from heeler.drain import Drain
-from heeler.job import Ending, InvalidJobError, Job, Outcome
+from heeler.folders import Files, OpenFiles
+from heeler.job import Ending, InvalidJobError, Outcome, Result
 from heeler.lease import LeaseKeeper
 from heeler.sources.base import Lease, LeaseLostError, LeaseState, Source, SourceUnavailableError
 from heeler.status import Phase, Status
 from heeler.tasks import background
-from heeler_sync.errors import FolderBusyError, LocalFileError, PermanentStoreError, SyncError, UnsafeKeyError
+from heeler_sync.errors import (
+    DamagedHeadError,
+    FencedError,
+    FinishedError,
+    FolderBusyError,
+    LocalFileError,
+    NoGenerationError,
+    PermanentStoreError,
+    PrefixTakenError,
+    SyncError,
+    UnfencedStoreError,
+    UnsafeKeyError,
+)
 
 _RECEIVE_SECONDS = 20.0
 _SETTLE_RETRY = (0.2, 5.0)
@@ -30,54 +43,8 @@ _RELEASE_DELAY = 5.0
 _UNWIND_SECONDS = 0.3
 _LONGEST_DELAY = 300.0
 
-
-class Files(Protocol):
-    """A job's folders. Every method raises `SyncError`."""
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """What the program is told of them."""
-        ...
-
-    async def restore(self) -> None:
-        """Bring them to what storage holds."""
-        ...
-
-    def watching(self) -> AbstractAsyncContextManager[None]:
-        """Mirror what the program writes while the block runs."""
-        ...
-
-    def freeze(self) -> None:
-        """Inside `watching`: the program ended this very moment."""
-        ...
-
-    async def flush(self, *, whole: bool) -> None:
-        """Inside `watching`, after the program's end: make durable what may be."""
-        ...
-
-    async def publish(self) -> None:
-        """Make the outputs durable."""
-        ...
-
-    async def discard(self) -> None:
-        """The job is done: remove from disk what is in storage."""
-        ...
-
-    def close(self) -> None:
-        """Let other processes use them."""
-        ...
-
-    async def reserve(self) -> float:
-        """Seconds that a flush would take now."""
-        ...
-
-    def durable(self) -> int:
-        """How much has become durable so far; it only grows."""
-        ...
-
-
-OpenFiles = Callable[[Job, LeaseKeeper], Files]
-"""Makes a job's folders; the keeper is the permit to change storage. Raises `InvalidJobError`."""
+_FOR_GOOD = (UnsafeKeyError, PrefixTakenError, UnfencedStoreError, DamagedHeadError, NoGenerationError)
+"""Why a restore fails on every machine, until a person has mended something."""
 
 
 class Forwarder:
@@ -90,6 +57,7 @@ class Forwarder:
         open_files: OpenFiles,
         drain: Drain,
         status: Status,
+        checkpoints: Checkpoints | None = None,
         *,
         rng: random.Random,
         retry_delay: float = 2.0,
@@ -103,6 +71,7 @@ class Forwarder:
         open_files: Makes a job's folders.
         drain: Tells when to stop.
         status: Told of all that happens.
+        checkpoints: Told whose checkpoints may be asked for.
         rng: Where jitter comes from.
         retry_delay: Seconds before a failed job's second attempt; doubles with each.
         max_jobs: Stop after so many jobs.
@@ -113,6 +82,7 @@ class Forwarder:
         self._open_files = open_files
         self._drain = drain
         self._status = status
+        self._checkpoints = checkpoints or Checkpoints()
         self._rng = rng
         self._retry_delay = retry_delay
         self._max_jobs = max_jobs
@@ -168,7 +138,7 @@ class Forwarder:
         self._status.take(lease.job.id, lease.attempt)
         keeper = LeaseKeeper(lease, self._keeper_event, rng=self._rng)
         try:
-            files = self._open_files(lease.job, keeper)
+            files = self._open_files(lease, keeper)
         except InvalidJobError as error:
             async with background(keeper.keep):
                 ending, _ = await self._settle(lease, keeper, Ending(Outcome.FAIL, str(error)))
@@ -231,12 +201,19 @@ class Forwarder:
         try:
             if not await self._restore(files):
                 return Ending(Outcome.RELEASE, "the worker was told to stop")
+        except FinishedError as finished:
+            return Ending(Outcome.DONE, "it was done already", Result.from_json(finished.result))
+        except FencedError as error:
+            return self._fenced(error)
         except SyncError as error:
             return self._restore_failed(error)
         try:
             ending = await self._run(lease, files)
             if ending.outcome is Outcome.DONE:
                 await files.publish()
+                await files.complete(ending.result)
+        except FencedError as error:
+            return self._fenced(error)
         except SyncError as error:
             self._status.fault("upload_failed", error=str(error))
             interrupted = self._drain.requested.is_set()
@@ -253,10 +230,15 @@ class Forwarder:
                 ready = True
         return ready and not self._drain.requested.is_set()
 
+    def _fenced(self, error: FencedError) -> Ending:
+        """Storage knows before us: another worker has the job."""
+        self._status.fault("fenced", error=str(error), holder=error.holder, epoch=error.epoch)
+        return Ending(Outcome.LOST, "another worker has it")
+
     def _restore_failed(self, error: SyncError) -> Ending:
         """Never "start from zero": the job's own fault fails it, the machine's sends it elsewhere."""
         self._status.fault("restore_failed", error=str(error))
-        if isinstance(error, UnsafeKeyError):
+        if isinstance(error, _FOR_GOOD):
             return Ending(Outcome.FAIL, str(error))
         if isinstance(error, LocalFileError) or not isinstance(error, PermanentStoreError):
             fruitless = not isinstance(error, FolderBusyError)
@@ -268,9 +250,10 @@ class Forwarder:
         async with files.watching():
             self._status.enter(Phase.RUN)
             assignment = Assignment(lease.job, lease.attempt, files.environment, files.reserve, files.freeze)
-            ending = await self._delivery.deliver(assignment, self._drain)
+            with self._checkpoints.taken_by(files.checkpoint):
+                ending = await self._delivery.deliver(assignment, self._drain)
             self._status.enter(Phase.UPLOAD)
-            await files.flush(whole=ending.whole)
+            await files.flush(whole=ending.whole, result=ending.result if ending.outcome is Outcome.DONE else None)
         return ending
 
     async def _settle(self, lease: Lease, keeper: LeaseKeeper, ending: Ending) -> tuple[Ending, bool]:

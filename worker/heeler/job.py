@@ -69,14 +69,15 @@ _Path = Annotated[_Text, AfterValidator(_without_climbing)]
 
 
 class SyncEntry(_Model):
-    """One folder of a job and its place in storage (Kelpie's fields, and `mode`)."""
+    """One folder of a job and its place in storage: Kelpie's fields, `mode`, and `ready` of a snapshot."""
 
     bucket: str
     prefix: _Path
     local_path: _Path = Field(min_length=1)
     direction: Literal["download", "upload"] | None = None
     pattern: str | None = None
-    mode: Literal["mirror"] = "mirror"
+    mode: Literal["mirror", "snapshot"] = "mirror"
+    ready: _Text | None = Field(default=None, min_length=1)
 
     @field_validator("pattern")
     @classmethod
@@ -84,6 +85,12 @@ class SyncEntry(_Model):
         if value is not None:
             check_pattern(value)
         return value
+
+    @model_validator(mode="after")
+    def _ready_of_snapshot(self) -> SyncEntry:
+        if self.ready is not None and self.mode != "snapshot":
+            raise ValueError("ready names the last file of a checkpoint, so it needs mode 'snapshot'")
+        return self
 
     @field_validator("bucket")
     @classmethod
@@ -113,6 +120,7 @@ class JobDocument(_Model):
     """A job that names its command."""
 
     id: str | None = None
+    run_id: str = Field(default="", max_length=64, pattern=r"^[A-Za-z0-9._-]*$")
     command: _Text = Field(min_length=1)
     arguments: tuple[_Text, ...] = ()
     environment: Mapping[str, _Text] = Field(default_factory=dict)
@@ -206,11 +214,6 @@ def _refuse_what_comes_later(data: dict[str, Any]) -> None:
     for name, words in _LATER.items():
         if data.pop(name, None):
             raise InvalidJobError(name, words)
-    sync = data.get("sync")
-    for part in sync.values() if isinstance(sync, dict) else ():
-        for entry in part if isinstance(part, list) else ():
-            if isinstance(entry, dict) and entry.get("mode") == "snapshot":
-                raise InvalidJobError("sync", "mode 'snapshot' is not supported yet; use 'mirror'")
 
 
 def first_fault(error: ValidationError) -> InvalidJobError:
@@ -273,8 +276,14 @@ class Result:
     signal: int | None = None
 
     def as_json(self) -> dict[str, int | None]:
-        """As it is kept in queues and shown to people."""
+        """As it is kept in queues, in heads, and shown to people."""
         return {"exit_code": self.exit_code, "signal": self.signal}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Result:
+        """The result in what `as_json` gave; what is not there, or of another kind, is None."""
+        found = {name: data.get(name) for name in ("exit_code", "signal")}
+        return cls(**{name: value if isinstance(value, int) else None for name, value in found.items()})
 
 
 @dataclass(frozen=True)

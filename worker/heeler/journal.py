@@ -1,7 +1,8 @@
 """What has to outlive this process on this machine: one SQLite file in the state folder, one process at a time.
 
-Today it holds the processes that we started; a new runtime ends what an old one left, before it takes a job.
-Blocking calls only; any thread may call.
+It holds the processes that we started, which a new runtime ends before it takes a job; who we are in queues, so that a
+new runtime need not wait for the lease of the old one; and beside it lies the file index, so that it need not download
+what it has. Blocking calls only; any thread may call.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from heeler.app.process import RegisterError, Started
 from heeler.app.processes import UndyingError, kill_all, start_time
 from heeler.errors import UsageError
+from heeler_sync.snapshot.index import FileIndex, MemoryIndex, SqliteIndex
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS processes (
@@ -25,6 +27,7 @@ CREATE TABLE IF NOT EXISTS processes (
     start_time INTEGER NOT NULL,
     boot TEXT NOT NULL
 );
+CREATE TABLE IF NOT EXISTS workers (worker TEXT NOT NULL);
 """
 
 
@@ -77,6 +80,35 @@ class Journal:
             raise UsageError(
                 f"the journal in {folder} can't be opened ({error}); free space or delete journal.db"
             ) from None
+
+    @property
+    def former(self) -> str | None:
+        """Who was here before us: dead, since only one process has the folder."""
+        try:
+            rows = self._execute("SELECT worker FROM workers")
+        except sqlite3.Error as error:
+            self._fault(error)
+            return None
+        return rows[0][0] if rows else None
+
+    def note_worker(self, worker: str) -> None:
+        """Note who we are."""
+        try:
+            self._execute("DELETE FROM workers")
+            self._execute("INSERT INTO workers VALUES (?)", (worker,))
+        except sqlite3.Error as error:
+            self._fault(error)
+
+    def file_index(self) -> FileIndex:
+        """What was read of files; one that does not outlive us if the folder's can't be used."""
+        try:
+            return SqliteIndex(self._folder / "index.db", self._boot, self._index_fault)
+        except sqlite3.Error as error:
+            self._index_fault(f"the file index can't be opened ({error})")
+            return MemoryIndex()
+
+    def _index_fault(self, words: str) -> None:
+        self.on_fault("journal_failed", error=words)
 
     def started(self, process: Started) -> None:
         """As `ProcessRegister.started`."""

@@ -48,6 +48,8 @@ class Status:
         self.attempt = 0
         self.since = time.time()
         self.draining = False
+        self.unfenced = False
+        self.checkpoint: dict[str, Any] | None = None
         self.outcomes: Counter[str] = Counter()
         self.events: Counter[str] = Counter()
         self.faults: deque[dict[str, Any]] = deque(maxlen=_FAULTS_KEPT)
@@ -98,9 +100,15 @@ class Status:
         else:
             self.fault("job_settled", **fields)
 
+    def committed(self, fields: Mapping[str, object]) -> None:
+        """A generation of the job's checkpoint is in storage."""
+        shown = {name: fields[name] for name in ("generation", "files", "bytes")}
+        self.checkpoint = {**shown, "time": time.time()}
+        self.event("committed", **fields)
+
     def drop(self) -> None:
         """The job is no longer ours to speak of."""
-        self.job_id, self.attempt = None, 0
+        self.job_id, self.attempt, self.checkpoint = None, 0, None
 
     def _tell(self, level: str, name: str, fields: dict[str, object]) -> None:
         with self._lock:
@@ -120,6 +128,8 @@ class Status:
                 "draining": self.draining,
                 "job_id": self.job_id,
                 "attempt": self.attempt,
+                "checkpoint": self.checkpoint,
+                "unfenced": self.unfenced,
                 "outcomes": dict(self.outcomes),
                 "events": dict(self.events),
                 "faults": list(self.faults),

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import random
+import secrets
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import anyio
@@ -20,19 +22,21 @@ import anyio.to_thread
 from heeler import signals
 from heeler.app.command import CommandDelivery, CommandSettings
 from heeler.app.processes import OrphanReaper, become_reaper
+from heeler.checkpoints import Checkpoints
 from heeler.config import Configuration, Settings, environment_name, secret_names
+from heeler.control import CONTROL_VARIABLE, url_of
 from heeler.drain import Drain
 from heeler.files import JobFiles, JobFilesSettings
 from heeler.forwarder import Forwarder
-from heeler.job import Job
 from heeler.journal import Journal
 from heeler.lease import LeaseKeeper
 from heeler.log import Logger
 from heeler.sources import SourceRequest, open_source
-from heeler.sources.base import Source
+from heeler.sources.base import Lease, Source
 from heeler.status import Phase, Status
 from heeler.storage import check, stores
 from heeler.tasks import background
+from heeler_sync.snapshot.session import Fences
 
 T = TypeVar("T")
 
@@ -40,14 +44,20 @@ _REAP_SECONDS = 5.0
 _LAST_SECONDS = 0.2
 
 _FAULTS = {
+    "checkpoint_never_settles",
+    "collect_failed",
+    "commit_failed",
     "delete_refused",
     "delete_retried",
     "file_left_out",
     "file_never_settles",
     "folder_replaced",
+    "generation_damaged",
     "object_replaced",
     "scan_failed",
     "storage_retried",
+    "unfenced",
+    "uplink_too_slow",
     "upload_refused",
     "upload_retried",
     "watch_unavailable",
@@ -69,14 +79,14 @@ async def supervise(configuration: Configuration, log: Logger, leave: Callable[[
     settings = configuration.settings
     state_dir = settings.state_path
     drain = Drain(settings.stop_grace)
-    worker = f"{socket.gethostname()}:{os.getpid()}"
+    # No other worker, past or present, has the same name: what a dead one holds is found by it.
+    worker = f"{socket.gethostname()}:{os.getpid()}-{secrets.token_hex(2)}"
     journal = Journal(state_dir)
     try:
-        request = SourceRequest(
-            settings.source, worker, state_dir, settings.job.encode() if settings.job is not None else None
-        )
-        source = open_source(request)
+        job = settings.job.encode() if settings.job is not None else None
+        source = open_source(SourceRequest(settings.source, worker, state_dir, job, journal.former))
         try:
+            journal.note_worker(worker)
             status = Status(log, worker=worker, source=source.name, mask=log.masked)
             async with background(partial(_leave_at_deadline, drain, status, leave)):
                 return await _run(configuration, source, status, drain, journal)
@@ -90,7 +100,12 @@ async def supervise(configuration: Configuration, log: Logger, leave: Callable[[
 
 async def _run(configuration: Configuration, source: Source, status: Status, drain: Drain, journal: Journal) -> int:
     settings = configuration.settings
-    control = _control(settings, status, drain)
+    checkpoints = Checkpoints()
+    listener = _listener(settings)
+    control = [] if listener is None else [partial(_serve, listener, status, drain, checkpoints, settings.state_path)]
+    environment = program_environment(os.environ, configuration_secrets(settings), scrub=settings.scrub_env)
+    if listener is not None:
+        environment[CONTROL_VARIABLE] = url_of(listener)
     status.event("started", source=source.name, version=_version(), state_dir=settings.state_dir)
     become_reaper()
     journal.on_fault = status.fault
@@ -100,7 +115,8 @@ async def _run(configuration: Configuration, source: Source, status: Status, dra
     async with background(
         partial(_take_signals, drain, status), partial(_announce_drain, drain, status), _reap, *control
     ):
-        forwarder = await _until_drained(drain, partial(_forwarder, settings, source, status, drain, journal))
+        make = partial(_forwarder, settings, source, status, drain, journal, checkpoints, environment)
+        forwarder = await _until_drained(drain, make)
         if forwarder is not None:
             await forwarder.run()
         status.enter(Phase.END)
@@ -117,20 +133,36 @@ async def _run(configuration: Configuration, source: Source, status: Status, dra
     return verdict.exit_code
 
 
-async def _forwarder(settings: Settings, source: Source, status: Status, drain: Drain, journal: Journal) -> Forwarder:
+async def _forwarder(
+    settings: Settings,
+    source: Source,
+    status: Status,
+    drain: Drain,
+    journal: Journal,
+    checkpoints: Checkpoints,
+    environment: Mapping[str, str],
+) -> Forwarder:
     open_store = stores(settings)
     await check(
         settings,
         open_store,
         lambda error, delay: status.fault("storage_retried", error=str(error), retry_in=round(delay, 3)),
     )
-    files = JobFilesSettings(settings, open_store, partial(_file_event, status))
+    on_event = partial(_file_event, status)
+    files = JobFilesSettings(
+        settings,
+        open_store,
+        on_event,
+        worker=status.worker,
+        fences=Fences(on_event, allow_unfenced=settings.allow_unfenced),
+        index=journal.file_index(),
+    )
 
-    def open_files(job: Job, keeper: LeaseKeeper) -> JobFiles:
-        return JobFiles(job, keeper, files)
+    def open_files(lease: Lease, keeper: LeaseKeeper) -> JobFiles:
+        return JobFiles(lease, keeper, files)
 
     command = CommandSettings(
-        environment=program_environment(os.environ, configuration_secrets(settings), scrub=settings.scrub_env),
+        environment=environment,
         retry_exit_codes=settings.retry_exit_codes,
         logs=settings.state_path / "jobs",
     )
@@ -143,6 +175,7 @@ async def _forwarder(settings: Settings, source: Source, status: Status, drain: 
         open_files,
         drain,
         status,
+        checkpoints,
         rng=random.Random(),  # noqa: S311 - jitter
         retry_delay=settings.retry_delay,
         max_jobs=settings.max_jobs,
@@ -164,14 +197,21 @@ async def _until_drained(drain: Drain, work: Callable[[], Awaitable[T]]) -> T | 
     return done
 
 
-def _control(settings: Settings, status: Status, drain: Drain) -> list[Callable[[], Awaitable[None]]]:
-    """The task that serves the control API, unless it is off."""
+def _listener(settings: Settings) -> socket.socket | None:
+    """Where the control API will be served, unless it is off."""
     if settings.control == "off":
-        return []
-    from heeler.control.server import bind, serve  # noqa: PLC0415 - fastapi is only imported where it is used
+        return None
+    from heeler.control.server import bind  # noqa: PLC0415 - fastapi is only imported where it is used
 
-    listener = bind(settings.control)
-    return [partial(serve, listener, status, drain, settings.state_path)]
+    return bind(settings.control)
+
+
+async def _serve(
+    listener: socket.socket, status: Status, drain: Drain, checkpoints: Checkpoints, state_dir: Path
+) -> None:
+    from heeler.control.server import serve  # noqa: PLC0415
+
+    await serve(listener, status, drain, checkpoints, state_dir)
 
 
 async def _announce_drain(drain: Drain, status: Status) -> None:
@@ -214,6 +254,10 @@ async def _reap() -> None:
 
 
 def _file_event(status: Status, name: str, fields: Mapping[str, object]) -> None:
+    if name == "committed":
+        status.committed(fields)
+        return
+    status.unfenced = status.unfenced or name == "unfenced"
     tell = status.fault if name in _FAULTS else status.event
     tell(name, **fields)
 

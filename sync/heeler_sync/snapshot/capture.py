@@ -14,7 +14,7 @@ from pathlib import Path
 
 import anyio
 
-from heeler_sync.errors import LocalFileError, SyncError
+from heeler_sync.errors import LocalFileError, NotNowError
 from heeler_sync.snapshot.chunks import CHUNK_BYTES, digest_of
 from heeler_sync.snapshot.holder import Holder
 from heeler_sync.snapshot.index import Indexed
@@ -27,18 +27,6 @@ from heeler_sync.threads import in_thread
 from heeler_sync.tree import Stamp, open_inside
 
 _LOOKS = 5
-
-
-class NotNowError(SyncError):
-    """The tree can't be had at one instant now.
-
-    Attributes:
-        path: The file that hinders, relative.
-    """
-
-    def __init__(self, path: str, detail: str) -> None:
-        self.path = path
-        super().__init__(f"{path} {detail}")
 
 
 Late = Callable[[TreeScan], "set[str]"]

@@ -14,11 +14,12 @@ from typing import Any
 
 import anyio
 
+from heeler_sync.errors import NotNowError
 from heeler_sync.events import EventSink
 from heeler_sync.openfiles import open_for_writing
 from heeler_sync.progress import Progress
 from heeler_sync.sender import Permit
-from heeler_sync.snapshot.capture import Late, Look, NotNowError, Reading, changed_files, look
+from heeler_sync.snapshot.capture import Late, Look, Reading, changed_files, look
 from heeler_sync.snapshot.head import Kept
 from heeler_sync.snapshot.holder import Holder
 from heeler_sync.snapshot.index import FileIndex, Indexed

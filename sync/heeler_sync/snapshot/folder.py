@@ -18,13 +18,13 @@ from heeler_sync.anchor import Anchor
 from heeler_sync.errors import (
     FencedError,
     LocalFileError,
+    NotNowError,
     PermanentStoreError,
     StoreError,
     SyncError,
     TransientStoreError,
 )
 from heeler_sync.groups import background
-from heeler_sync.snapshot.capture import NotNowError
 from heeler_sync.snapshot.committer import Committer, SnapshotContext, Taking
 from heeler_sync.snapshot.head import Kept
 from heeler_sync.snapshot.holder import Holder

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from heeler_sync.errors import SyncError
 from heeler_sync.snapshot.manifest import FORMAT, UnknownFormatError
 from heeler_sync.snapshot.packs import epoch_of
 
@@ -20,18 +19,6 @@ T = TypeVar("T")
 
 _WRITES_KEPT = 8
 _MAX_ADOPTED = 100_000
-
-
-class DamagedHeadError(SyncError):
-    """The head can't be read, or is missing where generations are: only a person may decide what to go on from.
-
-    Attributes:
-        location: The prefix, as s3://bucket/prefix/.
-    """
-
-    def __init__(self, location: str, detail: str) -> None:
-        self.location = location
-        super().__init__(f"{location}: {detail}; stop its workers and run: heeler sync repair {location}")
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,18 @@ from typing import Any
 
 from blake3 import blake3
 
-from heeler_sync.errors import DamagedObjectError, FencedError, FinishedError, PrefixTakenError, StoreError
+from heeler_sync.errors import (
+    DamagedHeadError,
+    DamagedObjectError,
+    FencedError,
+    FinishedError,
+    PrefixTakenError,
+    StoreError,
+)
 from heeler_sync.events import EventSink
 from heeler_sync.groups import for_each
 from heeler_sync.sender import Permit
-from heeler_sync.snapshot.head import DamagedHeadError, Head, Kept
+from heeler_sync.snapshot.head import Head, Kept
 from heeler_sync.snapshot.layout import Layout
 from heeler_sync.snapshot.manifest import Manifest, Place, Tree, encode
 from heeler_sync.snapshot.packs import epoch_of, new_id

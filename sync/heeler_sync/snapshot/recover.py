@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from heeler_sync.errors import DamagedObjectError, SyncError
+from heeler_sync.errors import DamagedObjectError, NoGenerationError
 from heeler_sync.events import EventSink
 from heeler_sync.progress import Progress
 from heeler_sync.snapshot.fetch import DamagedPackError
@@ -16,14 +16,6 @@ from heeler_sync.snapshot.layout import Layout
 from heeler_sync.snapshot.manifest import Manifest
 from heeler_sync.snapshot.restore import RestoredTree, TreeRestore
 from heeler_sync.store.retry import RetryPolicy
-
-
-class NoGenerationError(SyncError):
-    """Every generation of a prefix is damaged: nothing can be restored, and nothing starts from zero."""
-
-    def __init__(self, location: str, reasons: Sequence[str]) -> None:
-        said = "; ".join(reasons) or "none of them can be read"
-        super().__init__(f"{location} has no generation that can be restored: {said}")
 
 
 class Generations(Protocol):

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from heeler_sync.errors import SyncError
+from heeler_sync.errors import NoGenerationError, SyncError
 from heeler_sync.events import EventSink
 from heeler_sync.paths import Location
 from heeler_sync.restore import Restore, SyncFolder
@@ -24,7 +24,7 @@ from heeler_sync.snapshot.holder import Claim, Holder, acquire
 from heeler_sync.snapshot.index import Indexed
 from heeler_sync.snapshot.layout import Layout
 from heeler_sync.snapshot.moments import Moment, QuietMoment, ReadyMoment
-from heeler_sync.snapshot.recover import Generations, NoGenerationError, Reader, restore_newest
+from heeler_sync.snapshot.recover import Generations, Reader, restore_newest
 from heeler_sync.snapshot.swap import require_fence
 from heeler_sync.store.base import ObjectStore
 from heeler_sync.store.retry import RetryPolicy

@@ -15,6 +15,7 @@ import anyio
 
 from heeler_sync.errors import (
     AccessDeniedError,
+    DamagedHeadError,
     FencedError,
     NoSuchBucketError,
     ObjectNotFoundError,
@@ -23,7 +24,7 @@ from heeler_sync.errors import (
     TransientStoreError,
     UnfencedStoreError,
 )
-from heeler_sync.snapshot.head import DamagedHeadError, Head, encode_head
+from heeler_sync.snapshot.head import Head, encode_head
 from heeler_sync.snapshot.layout import Layout
 from heeler_sync.store.base import Condition
 from heeler_sync.store.retry import retrying

@@ -1,4 +1,4 @@
-"""The control API's routes: what a runtime tells about itself, and the one thing it can be told (drain).
+"""The control API's routes: what a runtime tells about itself, and what it can be told (checkpoint, drain).
 
 Only a loopback name, or the address that it listens on, in the Host header is answered, so that a web page in
 somebody's browser can't talk to it.
@@ -7,19 +7,22 @@ somebody's browser can't talk to it.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
+from heeler.checkpoints import Checkpoints, NoJobError
 from heeler.control.metrics import render
 from heeler.drain import Drain
 from heeler.status import Phase, Status
+from heeler_sync.errors import NotNowError, SyncError
 
 _LOOPBACK_NAMES = {"127.0.0.1", "localhost", "::1"}
 
 
-def create_app(status: Status, drain: Drain, *, address: str) -> FastAPI:
+def create_app(status: Status, drain: Drain, checkpoints: Checkpoints, *, address: str) -> FastAPI:
     """The API of one runtime that listens on `address`."""
     names = _LOOPBACK_NAMES | {address}
     app = FastAPI(title="heeler", openapi_url=None, docs_url=None, redoc_url=None)
@@ -50,6 +53,17 @@ def create_app(status: Status, drain: Drain, *, address: str) -> FastAPI:
     async def metrics() -> Response:
         """Prometheus' text format."""
         return Response(render(status), media_type="text/plain; version=0.0.4")
+
+    @app.post("/v1/checkpoint")
+    async def take_checkpoint() -> Response:
+        """Make the running job's checkpoints durable as they are now, and answer when they are."""
+        try:
+            found = await checkpoints.take()
+        except (NoJobError, NotNowError) as error:
+            return JSONResponse({"error": str(error)}, 409)
+        except SyncError as error:
+            return JSONResponse({"error": status.clean(str(error))}, 503)
+        return JSONResponse({"generations": [asdict(generation) for generation in found]})
 
     @app.post("/v1/drain")
     async def begin_drain() -> Response:

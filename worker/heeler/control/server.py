@@ -11,7 +11,8 @@ from pathlib import Path
 import anyio
 import uvicorn
 
-from heeler.control import ADDRESS_FILE
+from heeler.checkpoints import Checkpoints
+from heeler.control import ADDRESS_FILE, url_of
 from heeler.control.api import create_app
 from heeler.drain import Drain
 from heeler.errors import UsageError
@@ -53,13 +54,15 @@ def bind(address: str) -> socket.socket:
     return listener
 
 
-async def serve(listener: socket.socket, status: Status, drain: Drain, state_dir: Path) -> None:
+async def serve(
+    listener: socket.socket, status: Status, drain: Drain, checkpoints: Checkpoints, state_dir: Path
+) -> None:
     """Serve until cancelled; the URL stands in the state folder meanwhile."""
-    host, port = listener.getsockname()[:2]
-    app = create_app(status, drain, address=host)
+    host = listener.getsockname()[0]
+    app = create_app(status, drain, checkpoints, address=host)
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
     server = _Server(config)
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    url = url_of(listener)
     place = state_dir / ADDRESS_FILE
     try:
         place.write_text(url + "\n", encoding="ascii")

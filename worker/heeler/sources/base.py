@@ -50,6 +50,11 @@ class Lease(Protocol):
         ...
 
     @property
+    def attempts_ordered(self) -> bool:
+        """Whether a higher `attempt` of the same job is always the newer one, on whatever machine."""
+        ...
+
+    @property
     def expires_after(self) -> float:
         """Seconds from an extension to the lapse; infinite where a lease can't lapse."""
         ...

@@ -50,6 +50,11 @@ class LocalLease:
         return self._taken.attempt
 
     @property
+    def attempts_ordered(self) -> bool:
+        """The table counts them."""
+        return True
+
+    @property
     def expires_after(self) -> float:
         """Three times the job's `heartbeat_interval`, or 30 s."""
         return self._taken.lease_seconds
@@ -79,10 +84,13 @@ class LocalLease:
 class LocalSource:
     """The worker's side of the queue."""
 
-    def __init__(self, folder: Path, worker: str) -> None:
+    def __init__(self, folder: Path, worker: str, former: str | None = None) -> None:
+        """Args: the folder, who we are, and who we were before, if that process is certainly dead: its job is free."""
         self._folder = folder
         self._worker = worker
         self._table = JobTable(folder, busy_seconds=_WORKER_BUSY_SECONDS)
+        if former is not None:
+            self._table.free(former)
 
     @property
     def name(self) -> str:

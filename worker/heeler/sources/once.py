@@ -62,6 +62,11 @@ class OnceLease:
         return self._attempt
 
     @property
+    def attempts_ordered(self) -> bool:
+        """They are counted on this machine only."""
+        return False
+
+    @property
     def expires_after(self) -> float:
         """Never."""
         return math.inf

@@ -1,0 +1,69 @@
+"""What the forwarder asks of a job's folders; `heeler.files` implements it on `heeler_sync`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from heeler.checkpoints import Generation
+from heeler.job import Result
+from heeler.lease import LeaseKeeper
+from heeler.sources.base import Lease
+
+
+class Files(Protocol):
+    """A job's folders. Every method raises `SyncError`."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What the program is told of them."""
+        ...
+
+    async def restore(self) -> None:
+        """Bring them to what storage holds; raises `FinishedError` where storage says that the job is done."""
+        ...
+
+    def watching(self) -> AbstractAsyncContextManager[None]:
+        """Mirror what the program writes while the block runs."""
+        ...
+
+    def freeze(self) -> None:
+        """Inside `watching`: the program ended this very moment."""
+        ...
+
+    async def flush(self, *, whole: bool, result: Result | None) -> None:
+        """Inside `watching`, after the program's end: make durable what may be; with a `result` the job is done."""
+        ...
+
+    async def publish(self) -> None:
+        """Make the outputs durable."""
+        ...
+
+    async def complete(self, result: Result) -> None:
+        """All that the job owes is durable: say so where its checkpoints are."""
+        ...
+
+    async def checkpoint(self) -> list[Generation]:
+        """Inside `watching`: make the checkpoints durable as they are now."""
+        ...
+
+    async def discard(self) -> None:
+        """The job is done: remove from disk what is in storage."""
+        ...
+
+    def close(self) -> None:
+        """Let other processes use them."""
+        ...
+
+    async def reserve(self) -> float:
+        """Seconds that a flush would take now."""
+        ...
+
+    def durable(self) -> int:
+        """How much has become durable so far; it only grows."""
+        ...
+
+
+OpenFiles = Callable[[Lease, LeaseKeeper], Files]
+"""Makes a job's folders; the keeper is the permit to change storage. Raises `InvalidJobError`."""
