@@ -35,6 +35,7 @@ from heeler_sync.snapshot.head import Kept
 from heeler_sync.snapshot.holder import Claim
 from heeler_sync.snapshot.index import FileIndex, MemoryIndex
 from heeler_sync.snapshot.session import Fences, SnapshotRules, Snapshots
+from heeler_sync.snapshot.uploads import NoUploads, Uploads
 from heeler_sync.store.base import ObjectStore
 from heeler_sync.store.retry import RetryingStore, RetryPolicy
 from heeler_sync.threads import in_thread
@@ -88,6 +89,7 @@ class SnapshotSettings:
         keep: How many generations are kept.
         index: Keeps what was read of files.
         spool: A folder of our own for what waits for the uplink.
+        uploads: The journal of what commits under way have uploaded.
     """
 
     claim: Claim = field(default_factory=Claim)
@@ -96,6 +98,7 @@ class SnapshotSettings:
     keep: int = 2
     index: FileIndex = field(default_factory=MemoryIndex)
     spool: Path | None = None
+    uploads: Uploads = field(default_factory=NoUploads)
 
 
 class Session:
@@ -135,7 +138,7 @@ class Session:
             [folder for folder in (*plan.during, *plan.after) if folder.snapshot],
             stores,
             SnapshotRules(chosen.claim, chosen.fences or Fences(on_event), chosen.keep),
-            SnapshotContext(chosen.times, permit, on_event, self.progress, chosen.index, chosen.spool),
+            SnapshotContext(chosen.times, permit, on_event, self.progress, chosen.index, chosen.spool, chosen.uploads),
             self._policy,
         )
         self._locks = ExitStack()

@@ -15,6 +15,7 @@ from heeler.job import InvalidJobError, Job
 from heeler.rooms import Rooms
 from heeler_sync.snapshot.index import MemoryIndex
 from heeler_sync.snapshot.session import Fences
+from heeler_sync.snapshot.uploads import NoUploads
 from tests.support.leases import ScriptedLease
 
 
@@ -80,7 +81,7 @@ def open_files(settings: Settings, base: Path, sync: dict[str, Any]) -> JobFiles
 
     body = json.dumps({"command": "true", "sync": sync}).encode()
     permit: Any = None
-    context = JobFilesSettings(settings, none, none, "worker", Fences(none), MemoryIndex(), base)
+    context = JobFilesSettings(settings, none, none, "worker", Fences(none), MemoryIndex(), NoUploads(), base)
     return JobFiles(ScriptedLease(job=Job("job", body)), permit, context)
 
 

@@ -29,6 +29,7 @@ from heeler_sync.snapshot.committer import SnapshotTimes
 from heeler_sync.snapshot.holder import Claim
 from heeler_sync.snapshot.index import FileIndex
 from heeler_sync.snapshot.session import Fences
+from heeler_sync.snapshot.uploads import Uploads
 from heeler_sync.store.base import ObjectStore
 
 _JOB_ID = "{job_id}"
@@ -48,6 +49,7 @@ class JobFilesSettings:
         worker: Who we are, for people who look at a head.
         fences: Knows which stores enforce conditions.
         index: Keeps what was read of files.
+        uploads: The journal of what commits under way have uploaded.
         base: Relative local paths start here.
     """
 
@@ -57,6 +59,7 @@ class JobFilesSettings:
     worker: str
     fences: Fences
     index: FileIndex
+    uploads: Uploads
     base: Path = field(default_factory=Path.cwd)
 
 
@@ -89,6 +92,7 @@ class JobFiles:
                 keep=settings.keep_generations,
                 index=context.index,
                 spool=settings.state_path / "spool",
+                uploads=context.uploads,
             ),
         )
 

@@ -19,6 +19,7 @@ from heeler.app.process import RegisterError, Started
 from heeler.app.processes import UndyingError, kill_all, start_time
 from heeler.errors import UsageError
 from heeler_sync.snapshot.index import FileIndex, MemoryIndex, SqliteIndex
+from heeler_sync.snapshot.uploads import NoUploads, SqliteUploads, Uploads
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS processes (
@@ -106,6 +107,14 @@ class Journal:
         except sqlite3.Error as error:
             self._index_fault(f"the file index can't be opened ({error})")
             return MemoryIndex()
+
+    def uploads(self) -> Uploads:
+        """What commits under way have uploaded; nothing is kept if the folder's file can't be used."""
+        try:
+            return SqliteUploads(self._folder / "uploads.db", self._boot, self._index_fault)
+        except sqlite3.Error as error:
+            self._index_fault(f"the journal of uploads can't be opened ({error})")
+            return NoUploads()
 
     def _index_fault(self, words: str) -> None:
         self.on_fault("journal_failed", error=words)

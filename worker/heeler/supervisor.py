@@ -156,6 +156,7 @@ async def _forwarder(
         worker=status.worker,
         fences=Fences(on_event, allow_unfenced=settings.allow_unfenced),
         index=journal.file_index(),
+        uploads=journal.uploads(),
     )
 
     def open_files(lease: Lease, keeper: LeaseKeeper) -> JobFiles:

@@ -27,6 +27,7 @@ from heeler_sync.snapshot.manifest import Tree
 from heeler_sync.snapshot.outbox import sending
 from heeler_sync.snapshot.packs import Pack
 from heeler_sync.snapshot.scan import TreeScan, coarse_now, scan_tree
+from heeler_sync.snapshot.uploads import NoUploads, Uploads
 from heeler_sync.store.retry import Backoff
 from heeler_sync.threads import in_thread
 
@@ -60,6 +61,7 @@ class SnapshotContext:
         progress: Counts what moved.
         index: Keeps what was read of files.
         spool: A folder for packs that wait for the uplink; None keeps them in memory.
+        uploads: The journal of what commits under way have uploaded.
         backoff: Makes the delays after a commit that failed.
     """
 
@@ -69,6 +71,7 @@ class SnapshotContext:
     progress: Progress
     index: FileIndex
     spool: Path | None = None
+    uploads: Uploads = field(default_factory=NoUploads)
     backoff: Callable[[], Backoff] = field(default=lambda: Backoff(base=1.0, cap=60.0))
 
 
@@ -107,6 +110,7 @@ class Committer:
         self.holder = holder
         self._include = include
         self._context = context
+        self._location = str(holder.layout.location)
         latest = holder.latest()
         self._tree = latest.tree if latest is not None else None
         self._committed: dict[str, Indexed] = dict(restored)
@@ -162,7 +166,8 @@ class Committer:
             path: Indexed(found.stamp, tree.files[path].chunks) for path, found in looked.scan.files.items()
         }
         self._report(kept, anyio.current_time() - started, self._context.progress.bytes_up - sent)
-        await self.holder.collect(self._context.permit)
+        if await in_thread(self._context.uploads.clear, self._location):
+            await self.holder.collect(self._context.permit)
         return kept
 
     async def _look(self, taking: Taking) -> Look:
@@ -204,7 +209,8 @@ class Committer:
             for path, found in scan.files.items()
         )
 
-    def _note_sent(self, pack: Pack) -> None:
+    async def _note_sent(self, pack: Pack) -> None:
+        await in_thread(self._context.uploads.note, self._location, self.holder.head, pack)
         self.holder.add_pack(pack.id, pack.size, pack.places)
 
     async def _keep_index(self, looked: Look, reading: Reading) -> None:

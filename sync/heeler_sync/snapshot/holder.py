@@ -150,7 +150,8 @@ class Holder:
             elif await self._has_generations():
                 raise DamagedHeadError(str(self.layout.location), "there are generations here, and no head")
             await permit.doubt()
-            adopted = adopt(found[0]) if found is not None else {}
+            ours = found is not None and found[0].is_of(self._claim.job_id, self._claim.run_id)
+            adopted = adopt(found[0]) if found is not None and ours else {}
             head = self._taken(None if found is None else found[0], tuple(adopted))
             try:
                 written = await self._writer.write(head, None if found is None else Written(*found))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,9 @@ _PATIENCE = 0.25
 """Seconds to wait for room in memory: on a fast uplink, it is there by then, and no disk is written."""
 
 
+OnSent = Callable[[Pack], Awaitable[None]]
+
+
 @dataclass(frozen=True)
 class _Parcel:
     pack: Pack
@@ -38,7 +41,7 @@ class _Parcel:
 class Outbox:
     """Takes full packs and sends them while its block runs; made by `sending`."""
 
-    def __init__(self, layout: Layout, spool: Path | None, progress: Progress, on_sent: Callable[[Pack], None]) -> None:
+    def __init__(self, layout: Layout, spool: Path | None, progress: Progress, on_sent: OnSent) -> None:
         self._layout = layout
         self._spool = spool
         self._progress = progress
@@ -79,7 +82,7 @@ class Outbox:
             self._progress.bytes_up += len(data)
         if isinstance(body, bytes):
             self._room.release()
-        self._on_sent(parcel.pack)
+        await self._on_sent(parcel.pack)
 
     def close(self) -> None:
         """No more packs come."""
@@ -92,9 +95,7 @@ class Outbox:
 
 
 @asynccontextmanager
-async def sending(
-    layout: Layout, spool: Path | None, progress: Progress, on_sent: Callable[[Pack], None]
-) -> AsyncIterator[Outbox]:
+async def sending(layout: Layout, spool: Path | None, progress: Progress, on_sent: OnSent) -> AsyncIterator[Outbox]:
     """An outbox; when the block ends, all that it took is in storage.
 
     Args:

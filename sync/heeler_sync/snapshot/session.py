@@ -129,6 +129,7 @@ class Snapshots:
                 self._context.on_event,
                 keep=self._rules.keep,
                 fenced=self._rules.fences.trusted,
+                adopt=partial(self._context.uploads.load, str(location)),
             )
 
     async def restore(self, folder: SyncFolder, mirror: Restore, nested: Sequence[Path]) -> None:
