@@ -150,11 +150,12 @@ def _plan(job_id: str, document: JobDocument, context: JobFilesSettings) -> Plan
     if spec == SyncSpec():
         spec = default_sync(context.settings)
     rooms = Rooms(context.settings, context.base)
-    plan = Plan(
-        before=_folders("before", spec.before, job_id, rooms),
-        during=_folders("during", spec.during, job_id, rooms),
-        after=_folders("after", spec.after, job_id, rooms),
-    )
+    before = _folders("before", spec.before, job_id, rooms)
+    during = _folders("during", spec.during, job_id, rooms)
+    restored = {folder.location for folder in before}
+    # What is kept as generations goes on from the newest, whether `before` says so or not.
+    kept = tuple(folder for folder in during if folder.snapshot and folder.location not in restored)
+    plan = Plan((*before, *kept), during, _folders("after", spec.after, job_id, rooms))
     _refuse_nested(plan.before)
     _refuse_mixed(plan)
     return plan
@@ -167,6 +168,9 @@ def _refuse_mixed(plan: Plan) -> None:
             if folder.path == other.path and folder is not other and (folder.snapshot or other.snapshot):
                 words = f"{folder.path} is restored from a snapshot, so no other entry can be restored into it"
                 raise InvalidJobError(f"sync.before.{index}.local_path", words)
+    twice = [folder.location for folder in plan.during if folder.snapshot]
+    if len(twice) != len(set(twice)):
+        raise InvalidJobError("sync.during", "a snapshot is listed twice; one entry takes the whole folder")
     kept: dict[Location, Path] = {}
     for folder in (*plan.before, *plan.during, *plan.after):
         if folder.snapshot and kept.setdefault(folder.location, folder.path) != folder.path:

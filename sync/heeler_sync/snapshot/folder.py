@@ -106,6 +106,8 @@ class SnapshotFolder:
             NotNowError: It is being changed.
             SyncError: It can't be stored.
         """
+        if self.finished.is_set():
+            raise LocalFileError(str(self.root), "the job has ended")
         request = _Request()
         self._requests.append(request)
         self._news.set()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from heeler_sync.snapshot.scan import Found, TreeScan
+from heeler_sync.snapshot.scan import Found, TreeScan, coarse_now
 from heeler_sync.watch import CLOSED, GONE, Batch
 
 _DEBOUNCE = 0.05
@@ -61,9 +61,10 @@ class Moment(Protocol):
 class QuietMoment:
     """The tree is complete when nothing has changed for a while: 2 s, or twice the longest gap inside a checkpoint."""
 
-    def __init__(self, quiet: float) -> None:
-        """Args: the least number of seconds without a change."""
+    def __init__(self, quiet: float, wall: Callable[[], int] = coarse_now) -> None:
+        """Args: the least number of seconds without a change; the clock of files' stamps, nanoseconds since 1970."""
         self._quiet = quiet
+        self._wall = wall
         self._longest_gap = 0.0
         self._last: float | None = None
         self._begun: float | None = None
@@ -108,9 +109,11 @@ class QuietMoment:
         self._begun = self._last
 
     def late(self, scan: TreeScan, now: float) -> set[str]:
-        """As `Moment.late`: there are none, since what changes now is seen by looking twice."""
-        del scan, now
-        return set()
+        """As `Moment.late`: what was changed long after the last change that we were told of."""
+        if self._last is None:
+            return set()
+        known = self._wall() - int((now - self._last - self.window / 2) * 1e9)
+        return {path for path, found in scan.files.items() if found.stamp.ctime_ns > known}
 
     def taken(self) -> None:
         """As `Moment.taken`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ from heeler_sync.threads import in_thread
 from heeler_sync.tree import Stamp
 
 _READERS = 4
+_BATCH = 100
 
 
 @dataclass
@@ -96,7 +97,9 @@ class TreeRestore:
         """
         tree = manifest.tree
         self._chunk_bytes = manifest.chunk_bytes
-        await for_each(list(tree.files.values()), self._keep, _READERS)
+        entries = list(tree.files.values())
+        batches = [entries[at : at + _BATCH] for at in range(0, len(entries), _BATCH)]
+        await for_each(batches, lambda batch: in_thread(self._keep, batch), _READERS)
         kept = len(self._done)
         with _local_errors(self._root):
             await in_thread(self._clear_way, tree, nested)
@@ -116,10 +119,11 @@ class TreeRestore:
 
     # -- what is there already -------------------------------------------------------------------------------------
 
-    async def _keep(self, entry: FileEntry) -> None:
-        found = await in_thread(self._in_place, entry)
-        if found is not None:
-            self._done[entry.path] = found
+    def _keep(self, entries: Sequence[FileEntry]) -> None:
+        for entry in entries:
+            found = self._in_place(entry)
+            if found is not None:
+                self._done[entry.path] = found
 
     def _in_place(self, entry: FileEntry) -> Indexed | None:
         """What is known of the file on disk, if it has the wanted content; it gets the wanted mode and time."""

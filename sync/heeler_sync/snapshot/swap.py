@@ -77,6 +77,9 @@ class HeadWriter:
                 return await self._resolve(signed, over, error)
             finally:
                 self._last = anyio.current_time()
+            if not etag:
+                untold = TransientStoreError("PutObject", self._layout.store.bucket, self._layout.head_key, "no ETag")
+                return await self._resolve(signed, over, untold)
             return Written(signed, etag)
 
         return await retrying(self._layout.policy, attempt)

@@ -75,8 +75,8 @@ class _Demo:
         print(f"{time.monotonic() - self._began:5.1f} s  {line}", flush=True)
 
     def _document(self) -> Mapping[str, object]:
-        def entry(name: str) -> Mapping[str, str]:
-            return {"bucket": _BUCKET, "prefix": f"{{job_id}}/{name}/", "local_path": name}
+        def entry(name: str, **fields: str) -> Mapping[str, str]:
+            return {"bucket": _BUCKET, "prefix": f"{{job_id}}/{name}/", "local_path": name, **fields}
 
         return {
             "id": _JOB,
@@ -84,8 +84,7 @@ class _Demo:
             "arguments": [str(_PROGRAM), str(self._steps), str(self._every)],
             "heartbeat_interval": 1,
             "sync": {
-                "before": [entry("checkpoint")],
-                "during": [entry("checkpoint")],
+                "during": [entry("checkpoint", mode="snapshot", ready="state.json")],
                 "after": [entry("output")],
             },
         }
