@@ -146,6 +146,25 @@ async def test_a_lapsed_job_goes_to_another_and_its_old_holder_learns_of_it(worl
     assert world.state("a")[0] == "done"
 
 
+async def test_what_a_dead_worker_held_comes_again_at_once_when_it_is_reclaimed_by_name(world: SourceWorld) -> None:
+    world.submit("a")
+    held = await take(world.worker())
+    heir = world.worker()
+    if not world.lapses:  # nothing is held by name, and the one job that there is comes to whoever restarts
+        await heir.reclaim("w0")
+        assert (await take(heir)).attempt == 2
+        return
+    await heir.reclaim("somebody else")
+    assert await nothing(heir)
+    await heir.reclaim("w0")
+    again = await take(heir)
+    assert (again.job.id, again.attempt) == ("a", 2)
+    assert await held.extend() is LeaseState.LOST
+    await heir.reclaim("w0")
+    assert await again.extend() is LeaseState.HELD, "what others hold now is not touched"
+    assert world.state("a") == ("running", 0)
+
+
 async def test_a_done_job_never_comes_again(world: SourceWorld) -> None:
     world.submit("a")
     source = world.worker()

@@ -97,6 +97,7 @@ class ScriptedSource:
     def __init__(self, *script: object, verdict: int | None = 0) -> None:
         self.script = list(script)
         self.received: list[float] = []
+        self.reclaimed: list[str] = []
         self._verdict = verdict
 
     async def receive(self, *, wait: float) -> Lease | None:
@@ -107,6 +108,9 @@ class ScriptedSource:
             return None
         lease: Lease | None = await _play(self.script.pop(0))
         return lease
+
+    async def reclaim(self, worker: str) -> None:
+        self.reclaimed.append(worker)
 
     def verdict(self) -> Verdict | None:
         return Verdict(self._verdict, "") if self._verdict is not None and not self.script else None

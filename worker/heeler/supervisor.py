@@ -32,7 +32,7 @@ from heeler.journal import Journal
 from heeler.lease import LeaseKeeper
 from heeler.log import Logger
 from heeler.sources import SourceRequest, open_source
-from heeler.sources.base import Lease, Source
+from heeler.sources.base import Lease, Source, SourceUnavailableError
 from heeler.status import Phase, Status
 from heeler.storage import check, stores
 from heeler.tasks import background
@@ -84,9 +84,8 @@ async def supervise(configuration: Configuration, log: Logger, leave: Callable[[
     journal = Journal(state_dir)
     try:
         job = settings.job.encode() if settings.job is not None else None
-        source = open_source(SourceRequest(settings.source, worker, state_dir, job, journal.former))
+        source = open_source(SourceRequest(settings.source, worker, state_dir, job))
         try:
-            journal.note_worker(worker)
             status = Status(log, worker=worker, source=source.name, mask=log.masked)
             async with background(partial(_leave_at_deadline, drain, status, leave)):
                 return await _run(configuration, source, status, drain, journal)
@@ -112,6 +111,7 @@ async def _run(configuration: Configuration, source: Source, status: Status, dra
     leftovers = await anyio.to_thread.run_sync(journal.end_leftovers)
     if leftovers:
         status.fault("leftover_processes_killed", count=leftovers)
+    await _succeed(journal, source, status)
     async with background(
         partial(_take_signals, drain, status), partial(_announce_drain, drain, status), _reap, *control
     ):
@@ -196,6 +196,18 @@ async def _until_drained(drain: Drain, work: Callable[[], Awaitable[T]]) -> T | 
         async with background(give_up):
             done = await work()
     return done
+
+
+async def _succeed(journal: Journal, source: Source, status: Status) -> None:
+    """Take over from the runtime that died in our state folder, once its processes are gone: no lease has to lapse."""
+    former = journal.former
+    try:
+        if former is not None:
+            await source.reclaim(former)
+    except SourceUnavailableError as error:
+        status.fault("queue_unreachable", error=str(error))
+        return
+    journal.note_worker(status.worker)
 
 
 def _listener(settings: Settings) -> socket.socket | None:

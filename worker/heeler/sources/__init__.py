@@ -31,14 +31,12 @@ class SourceRequest:
         worker: Who asks, for people who look at the queue.
         state_dir: A folder that outlives the process.
         job: The document of `once`.
-        former: Who asked before from this state folder; that process is dead, and what it held is free.
     """
 
     spec: str | None
     worker: str
     state_dir: Path
     job: bytes | None = None
-    former: str | None = None
 
 
 def open_source(request: SourceRequest) -> Source:
@@ -56,7 +54,7 @@ def open_source(request: SourceRequest) -> Source:
         if name == "local":
             from heeler.sources.local import LocalSource  # noqa: PLC0415 - only what is used
 
-            return LocalSource(_folder(address), request.worker, request.former)
+            return LocalSource(_folder(address), request.worker)
         if name == "once":
             from heeler.sources.once import OnceSource  # noqa: PLC0415
 

@@ -122,6 +122,14 @@ class Source(Protocol):
         """
         ...
 
+    async def reclaim(self, worker: str) -> None:
+        """What a worker of that name, which is certainly dead, still holds may be received again at once.
+
+        Raises:
+            SourceUnavailableError: The queue is out of reach; its leases lapse by themselves.
+        """
+        ...
+
     def verdict(self) -> Verdict | None:
         """None while jobs may come; the last word once none can ever come again."""
         ...

@@ -84,13 +84,10 @@ class LocalLease:
 class LocalSource:
     """The worker's side of the queue."""
 
-    def __init__(self, folder: Path, worker: str, former: str | None = None) -> None:
-        """Args: the folder, who we are, and who we were before, if that process is certainly dead: its job is free."""
+    def __init__(self, folder: Path, worker: str) -> None:
         self._folder = folder
         self._worker = worker
         self._table = JobTable(folder, busy_seconds=_WORKER_BUSY_SECONDS)
-        if former is not None:
-            self._table.free(former)
 
     @property
     def name(self) -> str:
@@ -112,6 +109,10 @@ class LocalSource:
             for _ in range(_STAMPS_PER_LOOK):
                 if anyio.current_time() < next_look and self._table.stamp() == stamp:
                     await anyio.sleep(_LOOK_SECONDS / _STAMPS_PER_LOOK)
+
+    async def reclaim(self, worker: str) -> None:
+        """As `Source.reclaim`."""
+        await _in_thread(partial(self._table.reclaim, worker))
 
     def verdict(self) -> Verdict | None:
         """None: somebody may submit at any time."""

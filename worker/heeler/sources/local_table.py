@@ -203,7 +203,7 @@ class JobTable:
                 )
                 return Taken(Job(job_id, bytes(body)), token, attempts + 1, lease_seconds)
 
-    def free(self, worker: str) -> None:
+    def reclaim(self, worker: str) -> None:
         """What a worker that is dead still holds goes back at once, as if its lease had lapsed."""
         with self._change() as connection:
             connection.execute(

@@ -133,6 +133,9 @@ class OnceSource:
         self._out = self._record.attempts
         return OnceLease(self, self._job, self._record.attempts)
 
+    async def reclaim(self, worker: str) -> None:
+        """As `Source.reclaim`: nothing is held by name."""
+
     def verdict(self) -> Verdict | None:
         """The program's own exit code, once it has ended for good."""
         if self._record.state == "pending":
