@@ -92,7 +92,8 @@ class QuietMoment:
         self._known = scan
 
     def _changed(self, now: float) -> None:
-        if self._last is not None:
+        # A longer gap than `quiet` parts two checkpoints, whether the first could be taken in it or not.
+        if self._last is not None and now - self._last < self._quiet:
             self._longest_gap = max(self._longest_gap, now - self._last)
         self._last = now
 
