@@ -15,6 +15,7 @@ from pathlib import Path
 import anyio
 
 from heeler_sync.errors import LocalFileError, NotNowError
+from heeler_sync.openfiles import open_for_writing
 from heeler_sync.snapshot.chunks import CHUNK_BYTES, digest_of
 from heeler_sync.snapshot.holder import Holder
 from heeler_sync.snapshot.index import Indexed
@@ -50,7 +51,13 @@ class Look:
     late: frozenset[str] = frozenset()
 
 
-async def look(root: Path, include: Callable[[str], bool], late: Late, committed: Mapping[str, Indexed]) -> Look:
+async def look(
+    root: Path,
+    include: Callable[[str], bool],
+    late: Late,
+    committed: Mapping[str, Indexed],
+    must_be_closed: Late = lambda _scan: set(),
+) -> Look:
     """Look until two scans in a row agree.
 
     Args:
@@ -58,9 +65,10 @@ async def look(root: Path, include: Callable[[str], bool], late: Late, committed
         include: Which files belong to it.
         late: Says which files came too late; those that the last generation does not have hinder.
         committed: What the last generation holds.
+        must_be_closed: Says which files nobody may hold open for writing.
 
     Raises:
-        NotNowError: It changes all the time, or a file came too late.
+        NotNowError: It changes all the time, a file came too late, or one is being written.
         FileNotFoundError: There is no folder.
         LocalFileError: It can't be read.
     """
@@ -73,6 +81,8 @@ async def look(root: Path, include: Callable[[str], bool], late: Late, committed
         for path in too_late:
             if not _may_be_appended_to(path, first, committed):
                 raise NotNowError(path, "was changed after the checkpoint was complete")
+        if (held := await in_thread(_first_open, root, must_be_closed(first))) is not None:
+            raise NotNowError(held, "is open for writing")
         fresh = [path for path, found in first.files.items() if found.stamp.ctime_ns >= tick]
         if fresh and not growing.issuperset(fresh):
             # What was changed in this very tick may change again in it, and keep its stamp.
@@ -86,6 +96,12 @@ async def look(root: Path, include: Callable[[str], bool], late: Late, committed
             return Look(first, frozenset(growing & first.files.keys()), frozenset(too_late))
         changing = _difference(first, second)
     raise NotNowError(changing, "is being changed")
+
+
+def _first_open(root: Path, paths: set[str]) -> str | None:
+    """One of the files that another process holds open for writing."""
+    real = {os.path.realpath(root / path): path for path in paths}
+    return next((real[held] for held in open_for_writing(real)), None)
 
 
 def _may_be_appended_to(path: str, scan: TreeScan, committed: Mapping[str, Indexed]) -> bool:

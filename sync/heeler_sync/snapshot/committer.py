@@ -6,7 +6,6 @@ One call at a time.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,6 @@ import anyio
 
 from heeler_sync.errors import NotNowError
 from heeler_sync.events import EventSink
-from heeler_sync.openfiles import open_for_writing
 from heeler_sync.progress import Progress
 from heeler_sync.sender import Permit
 from heeler_sync.snapshot.capture import Late, Look, Reading, changed_files, look
@@ -26,13 +24,10 @@ from heeler_sync.snapshot.index import FileIndex, Indexed
 from heeler_sync.snapshot.manifest import Tree
 from heeler_sync.snapshot.outbox import sending
 from heeler_sync.snapshot.packs import Pack
-from heeler_sync.snapshot.scan import TreeScan, coarse_now, scan_tree
+from heeler_sync.snapshot.scan import TreeScan, scan_tree
 from heeler_sync.snapshot.uploads import NoUploads, Uploads
 from heeler_sync.store.retry import Backoff
 from heeler_sync.threads import in_thread
-
-_RECENTLY = 5.0
-"""Seconds after its change in which a file that is still open for writing hinders a tree that is only quiet."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +77,14 @@ class Taking:
     Attributes:
         late: Which files of a scan show that the tree is no longer complete.
         confirm: Awaited before the swap; raises `NotNowError` if the tree was not complete after all.
-        may_be_open: Whether a file that was written just now may still be open for writing.
+        must_be_closed: Which files of a scan nobody may hold open for writing.
         begin: Called right before the folder is looked at.
         taken: Called when all of the tree has been read.
     """
 
     late: Late
     confirm: Callable[[], Awaitable[None]]
-    may_be_open: bool
+    must_be_closed: Late
     begin: Callable[[], None]
     taken: Callable[[], None]
 
@@ -173,12 +168,9 @@ class Committer:
     async def _look(self, taking: Taking) -> Look:
         taking.begin()
         try:
-            looked = await look(self.root, self._include, taking.late, self._committed)
+            return await look(self.root, self._include, taking.late, self._committed, taking.must_be_closed)
         except FileNotFoundError:
             raise NotNowError(".", "is gone: there is no folder") from None
-        if not taking.may_be_open:
-            await self._refuse_half_written(looked.scan)
-        return looked
 
     async def _take(self, looked: Look, taking: Taking) -> Tree:
         """The tree at that instant, all its chunks in storage."""
@@ -191,13 +183,6 @@ class Committer:
                 await self._keep_index(looked, reading)
             taking.taken()
         return tree
-
-    async def _refuse_half_written(self, scan: TreeScan) -> None:
-        since = coarse_now() - int(_RECENTLY * 1e9)
-        recent = [path for path, found in scan.files.items() if max(found.stamp.mtime_ns, found.stamp.ctime_ns) > since]
-        held = await in_thread(_first_open, self.root, recent)
-        if held is not None:
-            raise NotNowError(held, "is open for writing, and was written to just now")
 
     def is_committed(self, scan: TreeScan) -> bool:
         """Whether the newest generation is just this."""
@@ -232,9 +217,3 @@ class Committer:
             "seconds": round(seconds, 3),
         }
         self._context.on_event("committed", fields)
-
-
-def _first_open(root: Path, paths: list[str]) -> str | None:
-    """One of the files that another process holds open for writing."""
-    real = {os.path.realpath(root / path): path for path in paths}
-    return next((real[held] for held in open_for_writing(real)), None)

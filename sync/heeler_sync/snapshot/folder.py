@@ -332,7 +332,7 @@ class SnapshotFolder:
         return Taking(
             late=lambda scan: moment.late(scan, anyio.current_time()),
             confirm=confirm,
-            may_be_open=moment.certain,
+            must_be_closed=moment.must_be_closed,
             begin=moment.begin,
             taken=moment.taken,
         )
@@ -343,7 +343,7 @@ class SnapshotFolder:
         async def confirm() -> None:
             return
 
-        return Taking(lambda _scan: set(), confirm, True, self._moment.begin, self._moment.taken)
+        return Taking(_none, confirm, _none, self._moment.begin, self._moment.taken)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -377,3 +377,7 @@ class SnapshotFolder:
 
     def _event(self, name: str, **fields: object) -> None:
         self._context.on_event(name, fields)
+
+
+def _none(_scan: TreeScan) -> set[str]:
+    return set()

@@ -17,6 +17,9 @@ from heeler_sync.watch import CLOSED, GONE, Batch
 _DEBOUNCE = 0.05
 """Seconds that the program must live on after it closed a file: what its death closed is not complete."""
 
+_RECENTLY = 5.0
+"""Seconds after its change in which a file that is still open for writing is perhaps half written."""
+
 _ORDERED = 0.6
 """Seconds after which all earlier events have come: watchdog keeps a file that is moved away back for half a second."""
 
@@ -50,7 +53,11 @@ class Moment(Protocol):
         ...
 
     def late(self, scan: TreeScan, now: float) -> set[str]:
-        """The files that were changed after the tree was complete."""
+        """The files and links that were changed after the tree was complete."""
+        ...
+
+    def must_be_closed(self, scan: TreeScan) -> set[str]:
+        """The files that nobody may hold open for writing if the tree is complete."""
         ...
 
     def taken(self) -> None:
@@ -116,6 +123,11 @@ class QuietMoment:
         known = self._wall() - int((now - self._last - self.window / 2) * 1e9)
         return {path for path, found in scan.files.items() if found.stamp.ctime_ns > known}
 
+    def must_be_closed(self, scan: TreeScan) -> set[str]:
+        """As `Moment.must_be_closed`: what was written just now."""
+        since = self._wall() - int(_RECENTLY * 1e9)
+        return {path for path, (stamp, _) in scan.files.items() if max(stamp.mtime_ns, stamp.ctime_ns) > since}
+
     def taken(self) -> None:
         """As `Moment.taken`."""
         if self._last == self._begun:
@@ -124,11 +136,12 @@ class QuietMoment:
 
 @dataclass(frozen=True)
 class _Closed:
-    """A ready file that was closed or renamed into place: which event that was, and when."""
+    """A ready file that was closed or renamed into place: which event that was, and when we heard of it."""
 
     order: int
     path: str
     at: float
+    wall_ns: int
 
 
 @dataclass
@@ -150,16 +163,23 @@ class ReadyMoment:
     its watch, an overflow, no inotify), by the files' change times, and in a tie of these by quiet.
     """
 
-    def __init__(self, matches: Callable[[str], bool], quiet: float) -> None:
-        """Args: whether a path is of such a file; seconds without a change that decide where events can't."""
+    def __init__(self, matches: Callable[[str], bool], quiet: float, wall: Callable[[], int] = coarse_now) -> None:
+        """Args.
+
+        matches: Whether a path is of such a file.
+        quiet: Seconds without a change that decide where events can't.
+        wall: The clock of files' stamps, nanoseconds since 1970.
+        """
         self._matches = matches
         self._quiet = quiet
+        self._wall = wall
         self._count = 0
         self._last = -math.inf
         self._seen = _Seen()
         self._begun = 0
         self._begun_at = -math.inf
         self._known: Mapping[str, Found] | None = None
+        self._told: set[str] = set()
 
     @property
     def certain(self) -> bool:
@@ -185,9 +205,10 @@ class ReadyMoment:
             self._seen.unsure = self._count
 
     def _note_ready(self, path: str, now: float, *, closed: bool) -> None:
+        self._told.add(path)
         if closed:
             self._seen.open.pop(path, None)
-            self._seen.ready = _Closed(self._count, path, now)
+            self._seen.ready = _Closed(self._count, path, now, self._wall())
         else:
             self._seen.open[path] = now
 
@@ -196,11 +217,12 @@ class ReadyMoment:
         found = {path: entry for path, entry in scan.files.items() if self._matches(path)}
         if self._known is not None:
             for path, entry in found.items():
-                if self._known.get(path) != entry and path not in self._seen.order and path not in self._seen.open:
+                if self._known.get(path) != entry and path not in self._told and path not in self._seen.open:
                     self._seen.open[path] = self._last = now
                     self._count += 1
                     self._seen.unsure = self._count
         self._known = found
+        self._told.clear()
 
     def due(self) -> float:
         """As `Moment.due`: when it was closed; where we did not see that, when all has been quiet."""
@@ -218,23 +240,29 @@ class ReadyMoment:
 
     def late(self, scan: TreeScan, now: float) -> set[str]:
         """As `Moment.late`."""
+        seen = self._seen
         quiet = self._last + self._quiet <= now
-        if self._seen.open:
+        ready = self.must_be_closed(scan)
+        complete = max((scan.files[path].stamp.ctime_ns for path in ready), default=-1)
+        if seen.open or seen.ready is None:
             # Its writer may not be done with it, or its events were lost: only quiet tells.
-            order, ready = (self._count if quiet else 0), set(self._seen.open)
-        elif self._seen.ready is not None:
-            order, ready = self._seen.ready.order, {self._seen.ready.path}
+            order, latest = self._count, (complete if quiet else -1)
+            heard = self._wall() - int(_ORDERED * 1e9)
         else:
-            order, ready = 0, set()
-        complete = max((scan.files[path].stamp.ctime_ns for path in ready if path in scan.files), default=0)
-        # Within one tick of the kernel's clock, only the order of events tells, once all have come.
-        ordered = self._seen.ready is not None and not self._seen.unsure and now >= self._seen.ready.at + _ORDERED
-        latest = complete if quiet or ordered else complete - 1
-        order_of = self._seen.order
-        late = {path for path in (*scan.files, *scan.links) if order_of.get(path, 0) > order}
-        return late | {
-            path for path, found in scan.files.items() if found.stamp.ctime_ns > latest and path not in ready
+            # Within one tick of the kernel's clock only the order of events tells, and only once all have come.
+            told = quiet or (not seen.unsure and now >= seen.ready.at + _ORDERED)
+            order, latest, heard = seen.ready.order, (complete if told else complete - 1), seen.ready.wall_ns
+        times = {**scan.link_times, **{path: found.stamp.ctime_ns for path, found in scan.files.items()}}
+        return {
+            path
+            for path, time in times.items()
+            if seen.order.get(path, 0) > order or time > (heard if path in ready else min(heard, latest))
         }
+
+    def must_be_closed(self, scan: TreeScan) -> set[str]:
+        """As `Moment.must_be_closed`: the ready files."""
+        closed = {self._seen.ready.path} if self._seen.ready is not None else set()
+        return {path for path in closed | self._seen.open.keys() if path in scan.files}
 
     def taken(self) -> None:
         """As `Moment.taken`."""

@@ -50,22 +50,25 @@ class TreeScan:
         files: By path.
         folders: Permission bits by path.
         links: Targets by path; relative and inside.
+        link_times: When each link was made, nanoseconds since 1970.
         left_out: What is there but can't be kept, with the reason, by path.
     """
 
     files: dict[str, Found] = field(default_factory=dict)
     folders: dict[str, int] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
+    link_times: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
     def without(self, paths: Collection[str]) -> TreeScan:
         """The scan without some of its files."""
         files = {path: found for path, found in self.files.items() if path not in paths} if paths else self.files
-        return TreeScan(files, self.folders, self.links, self.left_out)
+        return TreeScan(files, self.folders, self.links, self.link_times, self.left_out)
 
     def same_tree(self, other: TreeScan) -> bool:
         """Whether both saw the same."""
-        return (self.files, self.folders, self.links) == (other.files, other.folders, other.links)
+        mine = (self.files, self.folders, self.links, self.link_times)
+        return mine == (other.files, other.folders, other.links, other.link_times)
 
 
 def scan_tree(root: Path, include: Callable[[str], bool]) -> TreeScan:
@@ -116,6 +119,8 @@ def _note(
         found.files[path] = Found(Stamp.of(status), mode & 0o777)
     elif stat.S_ISLNK(mode):
         _note_link(entry.path, path, real_root, found)
+        if path in found.links:
+            found.link_times[path] = status.st_ctime_ns
     else:
         found.left_out[path] = "not a regular file"
 
