@@ -112,8 +112,14 @@ class FencedError(SyncError):
         self.holder = holder
         self.epoch = epoch
         self.since = since
-        when = datetime.fromtimestamp(since, timezone.utc).isoformat(timespec="seconds")
-        super().__init__(f"{location} is held by {holder} (epoch {epoch}) since {when}")
+        super().__init__(f"{location} is held by {holder} (epoch {epoch}) since {_as_date(since)}")
+
+
+def _as_date(seconds: float) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):  # a head is not ours alone to write
+        return "an impossible time"
 
 
 class FinishedError(SyncError):

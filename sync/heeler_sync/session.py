@@ -158,7 +158,7 @@ class Session:
         roots, own = self._plan.roots(), {folder.path for folder in snapshots}
         mirrors = [folder for folder in self._plan.before if not folder.snapshot]
         self._restored = await restore.run(mirrors, [root for root in roots if root not in own], own)
-        for folder in snapshots:
+        for folder in sorted(snapshots, key=lambda folder: len(folder.path.parts)):
             nested = [root for root in roots if root != folder.path and root.is_relative_to(folder.path)]
             await self._snapshots.restore(folder, restore, nested)
 

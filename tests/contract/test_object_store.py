@@ -16,6 +16,7 @@ from heeler_sync.errors import (
     PermanentStoreError,
     PreconditionFailedError,
     RangeNotSupportedError,
+    ShortAnswerError,
     StoreError,
     TransientStoreError,
 )
@@ -317,3 +318,54 @@ async def test_a_server_that_is_not_there_is_a_transient_fault_without_secrets()
         assert "the-secret-key" not in str(caught.value)
         assert "the-access-key" not in str(caught.value)
         assert isinstance(caught.value, StoreError)
+
+
+# Ranges.
+
+
+@pytest.mark.parametrize(("offset", "length"), [(0, 1), (0, 300_000), (1, 299_999), (150_000, 7), (299_999, 1)])
+async def test_a_range_brings_just_its_bytes(store: ObjectStore, offset: int, length: int) -> None:
+    data = os.urandom(300_000)
+    await store.put("p/k", data)
+    assert await store.read("p/k", offset=offset, length=length) == data[offset : offset + length]
+
+
+@pytest.mark.parametrize(("offset", "length"), [(0, 1001), (999, 2), (1000, 1), (1001, 1), (10**9, 1)])
+async def test_a_range_beyond_the_objects_end_is_a_short_answer(store: ObjectStore, offset: int, length: int) -> None:
+    """A pack that was cut short must be told from a store that refuses: it means damage, and an older generation."""
+    await store.put("p/k", b"x" * 1000)
+    with pytest.raises(ShortAnswerError) as caught:
+        await store.read("p/k", offset=offset, length=length)
+    assert caught.value.key == "p/k"
+
+
+async def test_a_range_of_an_empty_object_is_a_short_answer(store: ObjectStore) -> None:
+    await store.put("p/k", b"")
+    with pytest.raises(ShortAnswerError):
+        await store.read("p/k", offset=0, length=1)
+
+
+async def test_a_range_of_what_is_not_there_is_said_to_be_not_there(store: ObjectStore) -> None:
+    with pytest.raises(ObjectNotFoundError) as caught:
+        await store.read("p/none", offset=5, length=1)
+    assert (caught.value.bucket, caught.value.key) == (store.bucket, "p/none")
+
+
+async def test_a_range_of_a_large_object_that_came_in_parts_is_whole(store: ObjectStore) -> None:
+    data = os.urandom(2 * PART + 5)
+    await store.upload("p/big", io.BytesIO(data))
+    assert await store.read("p/big", offset=PART - 10, length=20) == data[PART - 10 : PART + 10]
+    assert await store.read("p/big", offset=1, length=2 * PART + 4) == data[1:]
+
+
+async def test_many_ranges_at_once_do_not_mix(store: ObjectStore) -> None:
+    data = os.urandom(64 * 1024)
+    await store.put("p/k", data)
+    offsets = list(range(0, len(data), 1024))
+    found: dict[int, bytes] = {}
+
+    async def one(offset: int) -> None:
+        found[offset] = await store.read("p/k", offset=offset, length=1024)
+
+    await for_each(offsets, one, 16)
+    assert b"".join(found[offset] for offset in offsets) == data

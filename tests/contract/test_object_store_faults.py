@@ -15,6 +15,7 @@ from heeler_sync.errors import (
     AccessDeniedError,
     ObjectNotFoundError,
     PermanentStoreError,
+    ShortAnswerError,
     TransientStoreError,
     UnsafeKeyError,
 )
@@ -375,3 +376,77 @@ async def test_conditional_writes_uploads_and_downloads_are_passed_on_once() -> 
             await call
         assert delays == []
         assert inner.count(method) == 1
+
+
+# Ranges.
+
+
+@pytest.mark.parametrize("cut", [Cut(at="response_body", after_bytes=300_000), Truncate(after_bytes=300_000)], ids=repr)
+async def test_a_range_that_is_cut_in_the_middle_is_a_transient_fault_and_never_short_bytes(
+    server: S3Server, store: S3ObjectStore, bucket: str, cut: Cut | Truncate
+) -> None:
+    data = bytes(range(256)) * 8192
+    server.put(bucket, "k", data)
+    server.faults.add(cut, bucket=bucket, operation="GetObject", count=1)
+    with pytest.raises(TransientStoreError):
+        await store.read("k", offset=1000, length=1_000_000)
+    assert await store.read("k", offset=1000, length=1_000_000) == data[1000:1_001_000]
+
+
+async def test_a_range_that_is_shorter_than_asked_for_without_a_word_is_a_short_answer(
+    server: S3Server, store: S3ObjectStore, bucket: str
+) -> None:
+    server.put(bucket, "k", b"x" * 1000)
+    server.faults.add(Truncate(after_bytes=400, hidden=True), bucket=bucket, operation="GetObject", count=1)
+    with pytest.raises(TransientStoreError):
+        await store.read("k", offset=0, length=1000)
+    assert len(await store.read("k", offset=0, length=1000)) == 1000
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+async def test_a_range_from_a_busy_store_is_a_transient_fault_and_asked_for_once_only(
+    server: S3Server, store: S3ObjectStore, bucket: str, status: int
+) -> None:
+    server.put(bucket, "k", b"x" * 1000)
+    rule = server.faults.add(Answer(status, "SlowDown"), bucket=bucket)
+    with pytest.raises(TransientStoreError, match=str(status)):
+        await store.read("k", offset=1, length=9)
+    assert rule.hits == 1
+
+
+async def test_a_range_that_is_refused_is_refused_by_name(server: S3Server, store: S3ObjectStore, bucket: str) -> None:
+    server.put(bucket, "k", b"x" * 1000)
+    server.faults.add(Answer(403, "AccessDenied"), bucket=bucket)
+    with pytest.raises(AccessDeniedError, match="k"):
+        await store.read("k", offset=1, length=9)
+
+
+async def test_a_range_that_stalls_is_given_up_after_the_time_without_progress(server: S3Server, bucket: str) -> None:
+    store = Server(server.url, server.access_key, server.secret_key).store(bucket, no_progress=0.5)
+    server.put(bucket, "k", b"x" * 2_000_000)
+    server.faults.add(Stall(at="response_body", after_bytes=300_000), bucket=bucket)
+    with anyio.fail_after(5), pytest.raises(TransientStoreError):
+        await store.read("k", offset=0, length=1_500_000)
+
+
+async def test_a_cancelled_range_comes_back_at_once(server: S3Server, store: S3ObjectStore, bucket: str) -> None:
+    server.put(bucket, "k", b"x" * 2_000_000)
+    rule = server.faults.add(Stall(), bucket=bucket)
+    async with anyio.create_task_group() as group:
+        group.start_soon(lambda: store.read("k", offset=0, length=1_500_000))
+        await anyio.to_thread.run_sync(rule.wait_held)
+        cancelled = anyio.current_time()
+        group.cancel_scope.cancel()
+    assert anyio.current_time() - cancelled < 1
+    rule.release()
+
+
+async def test_ranges_are_retried_by_the_policy_and_refusals_are_not() -> None:
+    short = ShortAnswerError("GetObject", "memory", "k", "1 of 2 bytes came")
+    inner = ScriptedStore(MemoryStore(), read=[transient(), short, PermanentStoreError("GetObject", "b", "k", "400")])
+    store, delays = retrying(inner)
+    await store.put("k", b"xyz")
+    with pytest.raises(PermanentStoreError):
+        await store.read("k", offset=1, length=2)
+    assert len(delays) == 2
+    assert await store.read("k", offset=1, length=2) == b"yz"

@@ -63,7 +63,9 @@ class _Clock:
     def busy_threads(self) -> bool:
         """Whether a worker thread of anyio's works for this loop."""
         return any(
-            getattr(thread, "loop", None) is self._loop and thread not in getattr(thread, "idle_workers", ())
+            getattr(thread, "loop", None) is self._loop
+            and thread not in getattr(thread, "idle_workers", ())
+            and not getattr(thread, "stopping", False)
             for thread in threading.enumerate()
         )
 

@@ -278,6 +278,20 @@ def test_taken_forgets_what_was_taken_and_keeps_what_came_meanwhile(ready: Ready
     assert ready.due() == 30.0
 
 
+def test_the_order_of_what_came_meanwhile_is_kept(ready: ReadyMoment) -> None:
+    ready.take(closed("a", "ready"), 10.0)
+    ready.begin()
+    ready.take(closed("ready", "a"), 20.0)
+    ready.taken()
+    assert ready.late(scan(a=5.0, ready=20.0), 99.0) == {"a"}
+
+
+def test_the_order_in_which_a_new_folders_files_are_found_says_nothing(ready: ReadyMoment) -> None:
+    ready.take(closed("ready"), 10.0)
+    ready.take(batch(("new/a", CHANGED), rescan=True, implied={"new/a"}), 10.1)
+    assert ready.late(TreeScan(files={"new/a": found(9.0), "ready": found(10.0)}), 13.0) == set()
+
+
 def test_a_ready_file_that_a_scan_found_changed_is_due_when_all_is_quiet(ready: ReadyMoment) -> None:
     """Its events were lost."""
     ready.scanned(scan(a=1, ready=2), 0.0)
@@ -431,7 +445,7 @@ class World:
 
     def scan(self) -> TreeScan:
         links = {} if self.latest is None else {"latest": str(self.latest)}
-        times = {path: self.latest_time for path in links}
+        times = dict.fromkeys(links, self.latest_time)
         return TreeScan({path: entry for path, (entry, _) in self.files.items()}, {}, links, times)
 
     def is_one_checkpoint(self) -> bool:

@@ -14,7 +14,8 @@ from heeler_sync.session import Capture, Plan, Session, SnapshotSettings, SyncFo
 from heeler_sync.snapshot.chunks import digest_of
 from heeler_sync.snapshot.head import Head, decode_head
 from heeler_sync.snapshot.holder import Claim
-from heeler_sync.snapshot.packs import Pack, new_id
+from heeler_sync.snapshot.ids import new_id
+from heeler_sync.snapshot.packs import Pack
 from heeler_sync.snapshot.uploads import NoUploads, SqliteUploads
 from heeler_sync.store.base import Condition
 from heeler_sync.store.memory import MemoryStore

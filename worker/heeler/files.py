@@ -32,6 +32,9 @@ from heeler_sync.snapshot.session import Fences
 from heeler_sync.snapshot.uploads import Uploads
 from heeler_sync.store.base import ObjectStore
 
+SPOOL = "spool"
+"""In the state folder: what waits for the uplink."""
+
 _JOB_ID = "{job_id}"
 _LEAST_RESERVE = 3.0
 _ASSUMED_UPLINK = 2 << 20
@@ -91,7 +94,7 @@ class JobFiles:
                 times=SnapshotTimes(settings.checkpoint_quiet, settings.commit_interval, settings.max_wait),
                 keep=settings.keep_generations,
                 index=context.index,
-                spool=settings.state_path / "spool",
+                spool=settings.state_path / SPOOL,
                 uploads=context.uploads,
             ),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import secrets
+import shutil
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping
@@ -26,7 +27,7 @@ from heeler.checkpoints import Checkpoints
 from heeler.config import Configuration, Settings, environment_name, secret_names
 from heeler.control import CONTROL_VARIABLE, url_of
 from heeler.drain import Drain
-from heeler.files import JobFiles, JobFilesSettings
+from heeler.files import SPOOL, JobFiles, JobFilesSettings
 from heeler.forwarder import Forwarder
 from heeler.journal import Journal
 from heeler.lease import LeaseKeeper
@@ -112,6 +113,8 @@ async def _run(configuration: Configuration, source: Source, status: Status, dra
     if leftovers:
         status.fault("leftover_processes_killed", count=leftovers)
     await _succeed(journal, source, status)
+    # Packs that an earlier runtime had waiting for its uplink: the adopted ones are in storage.
+    await anyio.to_thread.run_sync(partial(shutil.rmtree, settings.state_path / SPOOL, ignore_errors=True))
     async with background(
         partial(_take_signals, drain, status), partial(_announce_drain, drain, status), _reap, *control
     ):

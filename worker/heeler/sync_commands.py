@@ -18,6 +18,8 @@ sync_app = typer.Typer(
 
 _STORAGE = ("s3_endpoint", "s3_region", "s3_provider", "s3_timeout", "startup_timeout", "state_dir")
 
+_WATCH = ("checkpoint_quiet", "commit_interval", "max_wait", "debounce", "open_wait", "stop_grace")
+
 _Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A local folder.")]
 _Url = Annotated[str, typer.Argument(metavar="URL", help="s3://bucket/prefix/")]
 _Mode = Annotated[
@@ -74,7 +76,7 @@ def pull(
 
 
 @sync_app.command()
-@with_settings(*_STORAGE, "keep_generations", "quiet", "commit_interval", "max_wait", "debounce", "open_wait")
+@with_settings(*_STORAGE, "keep_generations", *_WATCH)
 def watch(
     configuration: Configuration,
     folder: _Folder,

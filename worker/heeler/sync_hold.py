@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +12,21 @@ from heeler.config import Settings
 from heeler.errors import UsageError
 from heeler.sync_place import FailedError, Place, held_by_job, holder_name
 from heeler.sync_voice import Voice
-from heeler_sync.errors import NotNowError
+from heeler_sync.errors import NotNowError, ObjectNotFoundError
+from heeler_sync.groups import for_each
 from heeler_sync.sender import AlwaysPermitted
 from heeler_sync.snapshot.committer import Committer, Taking
 from heeler_sync.snapshot.head import Kept
-from heeler_sync.snapshot.holder import Claim, Holder, acquire
+from heeler_sync.snapshot.holder import Adoptable, Claim, Holder, acquire
+from heeler_sync.snapshot.scan import TreeScan
 from heeler_sync.snapshot.session import Fences
+from heeler_sync.snapshot.uploads import Uploads
+from heeler_sync.store.retry import retrying
+from heeler_sync.threads import in_thread
 
 PERMIT = AlwaysPermitted()
 _HINDERED_SECONDS = 10.0
+_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,8 @@ def claim_on(place: Place, hold: Hold) -> Claim:
     return Claim(head.job_id, head.run_id, head.attempt, holder_name(), ordered=False)
 
 
-async def take(place: Place, claim: Claim, hold: Hold, settings: Settings, voice: Voice) -> Holder:
-    """Take the prefix from whoever held it.
+async def take(place: Place, claim: Claim, hold: Hold, settings: Settings, voice: Voice, uploads: Uploads) -> Holder:
+    """Take the prefix from whoever held it; what an interrupted push of this machine has sent is not sent again.
 
     Raises:
         SyncError: It can't be taken, or its storage does not keep two writers apart.
@@ -83,9 +89,38 @@ async def take(place: Place, claim: Claim, hold: Hold, settings: Settings, voice
     await fences.require(place.layout)
     if place.head is None and await _has_plain_keys(place):
         voice.note(f"{place.location} holds plain keys: they stay, and no snapshot has them from now on")
+    epoch, left = await _left_by_an_earlier_push(place, uploads)
     return await acquire(
-        place.layout, claim, PERMIT, voice.on_event, keep=settings.keep_generations, fenced=fences.trusted
+        place.layout,
+        claim,
+        PERMIT,
+        voice.on_event,
+        keep=settings.keep_generations,
+        fenced=fences.trusted,
+        adopt=lambda head: left if head.epoch == epoch else {},
     )
+
+
+async def _left_by_an_earlier_push(place: Place, uploads: Uploads) -> tuple[int, Mapping[str, Adoptable]]:
+    """The packs that a push of the present epoch has sent and that are there: of which epoch, and which."""
+    if place.head is None:
+        return 0, {}
+    head = place.head[0]
+    noted = await in_thread(uploads.load, str(place.location), head)
+    there: dict[str, Adoptable] = {}
+
+    async def look(pack: str) -> None:
+        # The prefix may have been deleted and made anew, with its epochs counted from 1 again.
+        try:
+            key = place.layout.pack_key(pack)
+            info = await retrying(place.policy, lambda: place.store.head(key))
+        except ObjectNotFoundError:
+            return
+        if info.size == noted[pack].size:
+            there[pack] = noted[pack]
+
+    await for_each(noted, look, _AT_ONCE)
+    return head.epoch, there
 
 
 async def _has_plain_keys(place: Place) -> bool:
@@ -101,7 +136,11 @@ def as_it_is() -> Taking:
     async def confirm() -> None:
         return
 
-    return Taking(lambda _scan: set(), confirm, True, _nothing, _nothing)
+    return Taking(late=_none, confirm=confirm, must_be_closed=_none, begin=_nothing, taken=_nothing)
+
+
+def _none(_scan: TreeScan) -> set[str]:
+    return set()
 
 
 def _nothing() -> None:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
 
 from heeler.config import Settings
+from heeler.sync_compare import everything
 from heeler.sync_place import FailedError, Place
 from heeler.sync_voice import Amount, Voice, count, size
-from heeler_sync.download import in_place, list_wanted
+from heeler_sync.download import Wanted, list_wanted
+from heeler_sync.errors import FileChangedError, LocalFileError
 from heeler_sync.groups import background, for_each
 from heeler_sync.mirror import Capture, Mirror
 from heeler_sync.progress import Progress
 from heeler_sync.sender import AlwaysPermitted, MirrorContext
 from heeler_sync.settle import SettleTimes
+from heeler_sync.store.base import DIGEST_KEY
 from heeler_sync.store.retry import RetryingStore
 from heeler_sync.threads import in_thread
 from heeler_sync.tree import scan
-from heeler_sync.upload import Stored
+from heeler_sync.upload import Stored, digest_file
 
 _AT_ONCE = 16
 
@@ -39,17 +43,31 @@ def refuse_beside_generations(place: Place) -> None:
 async def in_storage(place: Place, root: Path) -> dict[str, Stored]:
     """The files of the folder that storage holds just so, by relative path; it is asked for their digests."""
     store = RetryingStore(place.store, place.policy)
-    wanted = await list_wanted(store, place.location, lambda _path: True)
+    local = (await in_thread(scan, root, everything)).files
+    wanted = await list_wanted(store, place.location, everything)
     found: dict[str, Stored] = {}
 
-    async def compare(index: int) -> None:
-        item = wanted[index]
-        known = await in_place(item, root)
-        if known is not None:
-            found[item.relative] = known
+    async def compare(item: Wanted) -> None:
+        info = await store.head(item.info.key)
+        digest = info.metadata.get(DIGEST_KEY)
+        if digest is None or info.size != item.info.size:
+            return
+        try:
+            known = await in_thread(digest_file, root, item.relative, local[item.relative])
+        except (FileNotFoundError, FileChangedError, LocalFileError):
+            return  # then it is sent, and whoever sends it learns why it can't be
+        if known.digest == digest:
+            found[item.relative] = replace(known, etag=info.etag)
 
-    await for_each(range(len(wanted)), compare, _AT_ONCE)
+    alike = [item for item in wanted if item.relative in local and local[item.relative].size == item.info.size]
+    await for_each(alike, compare, _AT_ONCE)
     return found
+
+
+def mirror_context(settings: Settings, voice: Voice, progress: Progress) -> MirrorContext:
+    """What a mirror needs besides its folder."""
+    times = SettleTimes(settings.debounce, settings.open_wait, settings.max_wait)
+    return MirrorContext(times, AlwaysPermitted(), voice.on_event, progress)
 
 
 async def push_mirror(settings: Settings, place: Place, root: Path, voice: Voice) -> None:
@@ -61,15 +79,10 @@ async def push_mirror(settings: Settings, place: Place, root: Path, voice: Voice
     refuse_beside_generations(place)
     progress = Progress(clock=anyio.current_time)
     stored = await in_storage(place, root)
-    found = await in_thread(scan, root, lambda _path: True)
+    found = await in_thread(scan, root, everything)
     total = sum(stamp.size for path, stamp in found.files.items() if path not in stored)
-    context = MirrorContext(
-        SettleTimes(settings.debounce, settings.open_wait, settings.max_wait),
-        AlwaysPermitted(),
-        voice.on_event,
-        progress,
-    )
-    mirror = Mirror(place.store, place.location, root, lambda _path: True, context, stored, deletes=False)
+    context = mirror_context(settings, voice, progress)
+    mirror = Mirror(place.store, place.location, root, everything, context, stored, deletes=False)
     mirror.end(Capture(whole=True))
     async with voice.showing(lambda: Amount(progress.bytes_up, total, "sending")), background(mirror.run):
         await mirror.finished.wait()

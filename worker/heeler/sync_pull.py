@@ -160,7 +160,7 @@ class _Pull:
                 f"DIR {self._root} holds {count(len(others), 'other file')} ({named}): name an empty folder,"
                 " or let --move-aside move them into .heeler/aside there"
             )
-        _keep_earlier_aside(self._root)
+        _keep_earlier_aside(self._root, files, links)
 
     async def mirror(self) -> None:
         """Download plain keys."""
@@ -224,7 +224,8 @@ class _Pull:
     def _aside(self, moved: int) -> str:
         if not moved:
             return ""
-        return f"; {count(moved, 'other entry', 'other entries')} moved to {self._root}/{OWN_FOLDER}/aside"
+        what = count(moved, "other or older entry", "other or older entries")
+        return f"; {what} moved to {self._root}/{OWN_FOLDER}/aside"
 
 
 def other_files(root: Path, files: Collection[str], links: Collection[str]) -> list[str]:
@@ -254,12 +255,15 @@ def other_files(root: Path, files: Collection[str], links: Collection[str]) -> l
     return sorted(found)
 
 
-def _keep_earlier_aside(root: Path) -> None:
-    """What an earlier pull moved aside would be deleted by the next: it gets a name of its own. Blocks."""
+def _keep_earlier_aside(root: Path, files: Collection[str], links: Collection[str]) -> None:
+    """What an earlier pull moved aside would be deleted by this one: it gets a name of its own. Blocks.
+
+    But for older states of files that are wanted: these may go.
+    """
     own = root / OWN_FOLDER
     aside = own / "aside"
     try:
-        if own.is_symlink() or not aside.is_dir() or not any(aside.iterdir()):
+        if own.is_symlink() or not aside.is_dir() or not other_files(aside, files, links):
             return
         number = next(number for number in itertools.count(1) if not (own / f"aside.{number}").exists())
         aside.rename(own / f"aside.{number}")

@@ -12,7 +12,7 @@ from heeler.sync_compare import Comparison, Memory, everything, in_common, look
 from heeler.sync_hold import PERMIT, Hold, check_source, claim_on, commit, take
 from heeler.sync_mirror import push_mirror
 from heeler.sync_place import MIRROR, Place, open_place, run
-from heeler.sync_state import boot_id, open_index, open_spool
+from heeler.sync_state import boot_id, open_index, open_spool, open_uploads
 from heeler.sync_voice import Amount, Voice, count, size
 from heeler_sync.errors import DamagedObjectError
 from heeler_sync.progress import Progress
@@ -22,6 +22,7 @@ from heeler_sync.snapshot.head import Kept
 from heeler_sync.snapshot.holder import Claim
 from heeler_sync.snapshot.index import FileIndex
 from heeler_sync.snapshot.scan import TreeScan
+from heeler_sync.snapshot.uploads import Uploads
 from heeler_sync.threads import in_thread
 
 
@@ -46,8 +47,11 @@ def push(configuration: Configuration, folder: Path, url: str, options: PushOpti
             await push_mirror(configuration.settings, place, root, voice)
         else:
             hold = Hold(options.job_id, options.unfenced)
-            with open_index(configuration.settings, voice.warn) as index:
-                await _Push(configuration.settings, place, root, hold, index, voice).run()
+            with (
+                open_index(configuration.settings, voice.warn) as index,
+                open_uploads(configuration.settings, voice.warn) as uploads,
+            ):
+                await _Push(configuration.settings, place, root, hold, index, uploads, voice).run()
         return 0
 
     run(voice, work)
@@ -57,13 +61,21 @@ class _Push:
     """One push of a generation."""
 
     def __init__(
-        self, settings: Settings, place: Place, root: Path, hold: Hold, index: FileIndex, voice: Voice
+        self,
+        settings: Settings,
+        place: Place,
+        root: Path,
+        hold: Hold,
+        index: FileIndex,
+        uploads: Uploads,
+        voice: Voice,
     ) -> None:
         self._settings = settings
         self._place = place
         self._root = root
         self._hold = hold
         self._index = index
+        self._uploads = uploads
         self._memory = Memory(settings.state_path, boot_id(), root, str(place.location))
         self._voice = voice
         self._progress = Progress(clock=anyio.current_time)
@@ -99,7 +111,7 @@ class _Push:
                 return False  # damaged, or collected by now: whoever takes the prefix learns which
 
     async def _commit(self, claim: Claim) -> None:
-        holder = await take(self._place, claim, self._hold, self._settings, self._voice)
+        holder = await take(self._place, claim, self._hold, self._settings, self._voice, self._uploads)
         indexed = await in_thread(self._index.load, self._root)
         looked = await in_thread(look, self._root)
         self._report_left_out(looked.scan)
@@ -107,7 +119,15 @@ class _Push:
         changed = changed_files(looked.scan, restored)
         self._total = sum(looked.scan.files[path].stamp.size for path in changed)
         with open_spool(self._settings, self._total) as spool:
-            context = SnapshotContext(SnapshotTimes(), PERMIT, self._voice.on_event, self._progress, self._index, spool)
+            context = SnapshotContext(
+                SnapshotTimes(),
+                PERMIT,
+                self._voice.on_event,
+                self._progress,
+                self._index,
+                spool,
+                self._uploads,
+            )
             committer = Committer(holder, self._root, everything, context, restored)
             kept = await commit(committer)
         await holder.sweep(PERMIT)

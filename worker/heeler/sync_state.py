@@ -14,9 +14,11 @@ from pathlib import Path
 
 from heeler.config import Settings
 from heeler_sync.snapshot.index import FileIndex, MemoryIndex, SqliteIndex
+from heeler_sync.snapshot.uploads import NoUploads, SqliteUploads, Uploads
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _INDEX = "sync-index.db"
+_UPLOADS = "sync-uploads.db"
 _SPOOL = "sync-spool"
 _ROOM = 2
 """Packs wait on disk only where so many times their size is free."""
@@ -45,6 +47,21 @@ def open_index(settings: Settings, warn: Callable[[str], None]) -> Iterator[File
         yield index
     finally:
         index.close()
+
+
+@contextmanager
+def open_uploads(settings: Settings, warn: Callable[[str], None]) -> Iterator[Uploads]:
+    """The journal of what pushes have uploaded; where it can't be used, none: then a killed push starts anew."""
+    try:
+        settings.state_path.mkdir(parents=True, exist_ok=True)
+        uploads = SqliteUploads(settings.state_path / _UPLOADS, boot_id() or secrets.token_hex(16), warn)
+    except (OSError, sqlite3.Error):
+        yield NoUploads()  # the index has said why
+        return
+    try:
+        yield uploads
+    finally:
+        uploads.close()
 
 
 @contextmanager

@@ -10,16 +10,20 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import anyio
 
 from heeler_sync.errors import StoreError
 from heeler_sync.groups import background
 
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
 _BAR_SECONDS = 0.1
 _LINE_SECONDS = 10.0
 _SAME_RETRY_SECONDS = 5.0
+_WORTH_TELLING = 0.5
 
 _WARNINGS = {
     "generation_damaged": "generation {generation} is damaged: {error}",
@@ -66,11 +70,12 @@ class Voice:
         self.as_json = as_json
         self._tell_news = tell_news
         self._next_retry = 0.0
+        self._above_bar: Callable[[str], None] | None = None
 
     def say(self, line: str) -> None:
         """A line of the result; programs get it as JSON instead."""
         if not self.as_json:
-            _write(sys.stdout, line + "\n")
+            _write(sys.stdout, printable(line) + "\n")
 
     def give(self, document: object) -> None:
         """The result, for programs."""
@@ -79,7 +84,10 @@ class Voice:
 
     def note(self, line: str) -> None:
         """A line beside the result."""
-        _write(sys.stderr, line + "\n")
+        if self._above_bar is not None:
+            self._above_bar(printable(line))
+        else:
+            _write(sys.stderr, printable(line) + "\n")
 
     def warn(self, line: str) -> None:
         """A line that somebody should read."""
@@ -94,8 +102,8 @@ class Voice:
             self.say(_NEWS[event].format(**shown))
 
     def on_retry(self, error: StoreError, delay: float) -> None:
-        """Storage is asked again; said now and then."""
-        if time.monotonic() >= self._next_retry:
+        """Storage is asked again; said now and then, and not of what is over in a moment."""
+        if delay >= _WORTH_TELLING and time.monotonic() >= self._next_retry:
             self._next_retry = time.monotonic() + _SAME_RETRY_SECONDS
             self.warn(f"storage is asked again in {delay:.1f} s: {error}")
 
@@ -108,10 +116,10 @@ class Voice:
 
             table = Table(*head, box=None, header_style="bold")
             for row in rows:
-                table.add_row(*(Text(cell) for cell in row))
+                table.add_row(*(Text(printable(cell)) for cell in row))
             Console().print(table)
             return
-        lines = (head, *rows)
+        lines = [[printable(cell) for cell in row] for row in (head, *rows)]
         widths = [max(len(row[column]) for row in lines) for column in range(len(head))]
         for row in lines:
             self.say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -119,7 +127,7 @@ class Voice:
     @asynccontextmanager
     async def showing(self, amount: Callable[[], Amount]) -> AsyncIterator[None]:
         """While the block runs, show how far it is: a bar on a terminal, else a line every ten seconds."""
-        async with background(lambda: _bar(amount) if sys.stderr.isatty() else self._lines(amount)):
+        async with background(lambda: self._bar(amount) if sys.stderr.isatty() else self._lines(amount)):
             yield
 
     async def _lines(self, amount: Callable[[], Amount]) -> None:
@@ -129,8 +137,21 @@ class Voice:
             of = f" of {size(now.total)}" if now.total else ""
             self.note(f"{now.words}: {size(now.done)}{of}")
 
+    async def _bar(self, amount: Callable[[], Amount]) -> None:
+        progress = _progress()
+        with progress:
+            self._above_bar = lambda line: progress.console.print(line, markup=False, highlight=False)
+            task = progress.add_task("", total=None)
+            try:
+                while True:
+                    now = amount()
+                    progress.update(task, description=now.words, completed=now.done, total=now.total or None)
+                    await anyio.sleep(_BAR_SECONDS)
+            finally:
+                self._above_bar = None
 
-async def _bar(amount: Callable[[], Amount]) -> None:
+
+def _progress() -> RichProgress:
     from rich.console import Console  # noqa: PLC0415 - a pipe never needs it
     from rich.progress import (  # noqa: PLC0415
         BarColumn,
@@ -148,22 +169,24 @@ async def _bar(amount: Callable[[], Amount]) -> None:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None)
-        while True:
-            now = amount()
-            progress.update(task, description=now.words, completed=now.done, total=now.total or None)
-            await anyio.sleep(_BAR_SECONDS)
+    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def _is_size(name: str, value: object) -> bool:
     return name in ("bytes", "sent") and isinstance(value, int)
 
 
+def printable(line: str) -> str:
+    """A line without what could break it or move a terminal's cursor: names in storage are others' to choose."""
+    if line.isprintable():
+        return line
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in line)
+
+
 def _write(stream: TextIO, text: str) -> None:
-    """Names of files may be no text: they are shown as Python would."""
+    encoding = stream.encoding or "utf-8"
     try:
-        stream.write(text.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding or "utf-8"))
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
     except BrokenPipeError:
         # Who read us has seen enough. Nothing can be flushed into the pipe at our exit either.

@@ -18,10 +18,11 @@ from heeler_sync.errors import LocalFileError, NotNowError
 from heeler_sync.openfiles import open_for_writing
 from heeler_sync.snapshot.chunks import CHUNK_BYTES, digest_of
 from heeler_sync.snapshot.holder import Holder
+from heeler_sync.snapshot.ids import new_id
 from heeler_sync.snapshot.index import Indexed
 from heeler_sync.snapshot.manifest import FileEntry, Tree
 from heeler_sync.snapshot.outbox import Outbox
-from heeler_sync.snapshot.packs import PACK_BYTES, Pack, new_id
+from heeler_sync.snapshot.packs import PACK_BYTES, Pack
 from heeler_sync.snapshot.retention import worth_rewriting
 from heeler_sync.snapshot.scan import TICK_SECONDS, Found, TreeScan, coarse_now, scan_tree
 from heeler_sync.threads import in_thread

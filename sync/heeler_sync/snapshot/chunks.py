@@ -74,7 +74,9 @@ def unpack_chunk(stored: Buffer, codec: Codec, digest: bytes, size: int) -> Buff
     data: Buffer = stored
     if codec is Codec.ZSTD:
         try:
-            data = zstandard.ZstdDecompressor().decompress(stored, max_output_size=size)
+            if zstandard.get_frame_parameters(stored).content_size != size:
+                raise DamagedChunkError("does not unpack to the size that it is listed with")
+            data = zstandard.ZstdDecompressor().decompress(stored)
         except zstandard.ZstdError as error:
             raise DamagedChunkError(f"can't be decompressed ({error})") from None
     if len(data) != size or digest_of(data) != digest:

@@ -24,7 +24,7 @@ from heeler_sync.snapshot.index import FileIndex, Indexed
 from heeler_sync.snapshot.manifest import Tree
 from heeler_sync.snapshot.outbox import sending
 from heeler_sync.snapshot.packs import Pack
-from heeler_sync.snapshot.scan import TreeScan, scan_tree
+from heeler_sync.snapshot.scan import Found, TreeScan, scan_tree
 from heeler_sync.snapshot.uploads import NoUploads, Uploads
 from heeler_sync.store.retry import Backoff
 from heeler_sync.threads import in_thread
@@ -79,7 +79,7 @@ class Taking:
         confirm: Awaited before the swap; raises `NotNowError` if the tree was not complete after all.
         must_be_closed: Which files of a scan nobody may hold open for writing.
         begin: Called right before the folder is looked at.
-        taken: Called when all of the tree has been read.
+        taken: Called when the tree is the newest generation.
     """
 
     late: Late
@@ -146,20 +146,21 @@ class Committer:
         started, sent = anyio.current_time(), self._context.progress.bytes_up
         looked = await self._look(taking)
         if self.is_committed(looked.scan):
-            taking.taken()
             tree = None
         else:
-            tree = await self._take(looked, taking)
+            tree = await self._take(looked)
         await taking.confirm()
         if tree is None or tree == self._tree:
             if result is not None:
                 await self.holder.complete(result)
+            taking.taken()
             return None
         kept = await self.holder.commit(tree, result=result)
         self._tree = tree
         self._committed = {
             path: Indexed(found.stamp, tree.files[path].chunks) for path, found in looked.scan.files.items()
         }
+        taking.taken()
         self._report(kept, anyio.current_time() - started, self._context.progress.bytes_up - sent)
         if await in_thread(self._context.uploads.clear, self._location):
             await self.holder.collect(self._context.permit)
@@ -172,7 +173,7 @@ class Committer:
         except FileNotFoundError:
             raise NotNowError(".", "is gone: there is no folder") from None
 
-    async def _take(self, looked: Look, taking: Taking) -> Tree:
+    async def _take(self, looked: Look) -> Tree:
         """The tree at that instant, all its chunks in storage."""
         reading = Reading(self.root, looked, self._indexed, self._seen, self._committed, self.holder)
         context = self._context
@@ -181,8 +182,15 @@ class Committer:
                 tree = await reading.into(outbox)
             finally:
                 await self._keep_index(looked, reading)
-            taking.taken()
         return tree
+
+    def committed(self) -> TreeScan:
+        """The folder as the newest generation has it."""
+        tree = self._tree
+        if tree is None:
+            return TreeScan()
+        files = {path: Found(entry.stamp, tree.files[path].mode) for path, entry in self._committed.items()}
+        return TreeScan(files, dict(tree.folders), dict(tree.links))
 
     def is_committed(self, scan: TreeScan) -> bool:
         """Whether the newest generation is just this."""

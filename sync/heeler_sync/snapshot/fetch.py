@@ -94,10 +94,11 @@ async def fetch_chunks(
 
 async def _fetch(layout: Layout, span: Span, write: Write, policy: RetryPolicy) -> None:
     fault = ""
+    done: set[bytes] = set()
     for turn in range(_TRIES):
         try:
             data = await retrying(policy, lambda: _read(layout, span))
-            await in_thread(_take, span, data, write)
+            await in_thread(_take, span, data, write, done)
         except ObjectNotFoundError:
             raise DamagedPackError(layout, span.pack, "it is missing") from None
         except _TooShortError:
@@ -128,8 +129,10 @@ async def _read(layout: Layout, span: Span) -> bytes:
         raise
 
 
-def _take(span: Span, data: bytes, write: Write) -> None:
+def _take(span: Span, data: bytes, write: Write, done: set[bytes]) -> None:
     view = memoryview(data)
     for digest, place in span.chunks:
-        at = place.offset - span.offset
-        write(digest, unpack_chunk(view[at : at + place.stored], place.codec, digest, place.size))
+        if digest not in done:
+            at = place.offset - span.offset
+            write(digest, unpack_chunk(view[at : at + place.stored], place.codec, digest, place.size))
+            done.add(digest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ class SnapshotFolder:
         self._result: Mapping[str, Any] | None = None
         self._requests: list[_Request] = []
         self._left_out: set[str] = set()
+        self._scanned = False
         self._hindered = ""
         self._hindrances = 0
         self._news = anyio.Event()
@@ -207,6 +209,7 @@ class SnapshotFolder:
     def _take_events(self, watch: TreeWatch) -> None:
         batch, now = watch.drain(), anyio.current_time()
         files = {path: what for path, what in batch.files.items() if self._include(path)}
+        self._hindered = next(reversed(files), self._hindered)
         if files or batch.rescan:
             self._moment.take(Batch(files, batch.rescan, batch.implied), now)
             self._note_change(now)
@@ -253,6 +256,10 @@ class SnapshotFolder:
         now = anyio.current_time()
         self._next_scan = now + max(self._scan_seconds, _SCANS_APART * (now - started))
         self._report_left_out(scan)
+        if not self._scanned:
+            # What differs from the newest generation already came without an event.
+            self._moment.scanned(replace(self._committer.committed(), link_times=scan.link_times), now)
+            self._scanned = True
         self._moment.scanned(scan, now)
         if not self._committer.is_committed(scan):
             self._note_change(now)

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
+from heeler_sync.snapshot.ids import epoch_of
 from heeler_sync.snapshot.manifest import FORMAT, UnknownFormatError
-from heeler_sync.snapshot.packs import epoch_of
 
 T = TypeVar("T")
 

@@ -24,9 +24,9 @@ from heeler_sync.events import EventSink
 from heeler_sync.groups import for_each
 from heeler_sync.sender import Permit
 from heeler_sync.snapshot.head import Head, Kept
+from heeler_sync.snapshot.ids import epoch_of, new_id
 from heeler_sync.snapshot.layout import Layout
 from heeler_sync.snapshot.manifest import Manifest, Place, Tree, encode
-from heeler_sync.snapshot.packs import epoch_of, new_id
 from heeler_sync.snapshot.retention import dropped, garbage, references, retained
 from heeler_sync.snapshot.swap import HeadWriter, OvertakenError, Written, fenced_by
 from heeler_sync.store.retry import retrying
@@ -78,6 +78,7 @@ class Holder:
         self._places: dict[bytes, Place] = {}
         self._sizes: dict[str, int] = {}
         self._damaged: set[int] = set()
+        self._bad: set[str] = set()
         self._regains = 0
         self._garbage: list[str] = []
 
@@ -242,13 +243,26 @@ class Holder:
         """A generation can't be restored: it is said, it is not kept, and its packs are not referred to any more."""
         self._damaged.add(kept.generation)
         self._on_event("generation_damaged", {"generation": kept.generation, "error": reason})
+        whole: dict[bytes, Place] = {}
+        for other in self.head.kept:
+            manifest = self._manifests.get(other.manifest)
+            if manifest is not None and other.generation not in self._damaged:
+                whole.update(manifest.places)
+        # What only damaged generations name may be gone, too, though nobody has asked for it yet.
+        self._places = {
+            digest: whole.get(digest, place)
+            for digest, place in self._places.items()
+            if digest in whole or epoch_of(place.pack) == self.epoch or place.pack in self.head.adopted
+        }
+        self._places = {digest: place for digest, place in self._places.items() if place.pack not in self._bad}
 
     def forget_pack(self, pack: str) -> None:
         """A pack was found missing or damaged: no commit refers to it from now on."""
-        self._places = {digest: place for digest, place in self._places.items() if place.pack != pack}
+        self._bad.add(pack)
+        self._places = {digest: place for digest, place in self._places.items() if place.pack not in self._bad}
 
     def _know(self, manifest: Manifest) -> None:
-        self._places.update(manifest.places)
+        self._places.update({d: place for d, place in manifest.places.items() if place.pack not in self._bad})
         self._sizes.update(manifest.packs)
 
     # -- commit ----------------------------------------------------------------------------------------------------

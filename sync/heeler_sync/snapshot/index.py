@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from heeler_sync.snapshot.chunks import DIGEST_BYTES
+from heeler_sync.snapshot.chunks import CHUNK_BYTES, DIGEST_BYTES
 from heeler_sync.tree import Stamp
 
 
@@ -87,6 +87,7 @@ class SqliteIndex:
             self._open.execute("PRAGMA journal_mode = WAL")
             self._open.execute("PRAGMA synchronous = NORMAL")
             self._open.executescript(_SCHEMA)
+            boot = f"{boot} {CHUNK_BYTES}"
             if self._open.execute("SELECT boot FROM boots").fetchall() != [(boot,)]:
                 self._open.executescript("BEGIN; DELETE FROM files; DELETE FROM boots;")
                 self._open.execute("INSERT INTO boots VALUES (?)", (boot,))

@@ -10,8 +10,8 @@ from blake3 import blake3
 from heeler_sync.errors import DamagedHeadError, DamagedObjectError, ObjectNotFoundError, TransientStoreError
 from heeler_sync.paths import OWN_FOLDER, Location
 from heeler_sync.snapshot.head import Head, Kept, decode_head
+from heeler_sync.snapshot.ids import epoch_of
 from heeler_sync.snapshot.manifest import BadManifestError, Manifest, decode
-from heeler_sync.snapshot.packs import epoch_of
 from heeler_sync.store.base import ObjectInfo, ObjectStore
 from heeler_sync.store.retry import RetryPolicy, retrying
 

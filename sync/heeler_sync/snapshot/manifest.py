@@ -18,11 +18,13 @@ import zstandard
 from heeler_sync.errors import SyncError
 from heeler_sync.paths import is_own
 from heeler_sync.snapshot.chunks import CHUNK_BYTES, DIGEST_BYTES, Codec, chunk_count
+from heeler_sync.snapshot.ids import epoch_of
 
 FORMAT = 1
 _LEVEL = 3
 _MAX_BYTES = 1 << 30
 _MAX_NAME_BYTES = 255
+_MOST = (1 << 63) - 1
 
 
 class BadManifestError(SyncError):
@@ -161,7 +163,9 @@ def decode(data: bytes) -> Manifest:
         BadManifestError: It is damaged, or names something that can't be.
     """
     try:
-        text = zstandard.ZstdDecompressor().decompress(data, max_output_size=_MAX_BYTES)
+        if zstandard.get_frame_parameters(data).content_size > _MAX_BYTES:  # or not said, which is 2**64 - 1
+            raise BadManifestError("unpacks to more than any manifest has")
+        text = zstandard.ZstdDecompressor().decompress(data)
         document = json.loads(text)
     except (zstandard.ZstdError, ValueError, RecursionError, MemoryError) as error:
         raise BadManifestError(f"can't be read: {error}") from None
@@ -179,7 +183,7 @@ def _manifest(document: Mapping[str, Any]) -> Manifest:
     chunk_bytes = _natural(document["chunk_bytes"], least=1)
     packs = {str(pack): _natural(size, least=1) for pack, size in document["packs"]}
     names = list(packs)
-    if any("/" in name or not name for name in names):
+    if not all(epoch_of(name) for name in names):
         raise ValueError("a pack's id is none")
     table = [_chunk(row, names, packs, chunk_bytes) for row in document["chunks"]]
     files = [_file(row, table, chunk_bytes) for row in document["files"]]
@@ -205,8 +209,8 @@ def _manifest(document: Mapping[str, Any]) -> Manifest:
 
 
 def _natural(value: object, least: int = 0) -> int:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{value!r} is not a whole number of at least {least}")
+    if type(value) is not int or not least <= value <= _MOST:
+        raise ValueError(f"{value!r} is not a whole number from {least} on")
     return value
 
 
@@ -226,13 +230,13 @@ def _chunk(row: Sequence[Any], names: Sequence[str], packs: Mapping[str, int], c
 
 def _file(row: Sequence[Any], table: Sequence[tuple[bytes, Place]], chunk_bytes: int) -> FileEntry:
     path, mode, mtime_ns, size, runs = row
+    if sum(_natural(count) for _, count in runs) != chunk_count(_natural(size), chunk_bytes):
+        raise ValueError(f"file {path!r} has another number of chunks than {size} bytes have")
     rows = list(_rows(runs, len(table)))
-    if len(rows) != chunk_count(_natural(size), chunk_bytes):
-        raise ValueError(f"file {path!r} has {len(rows)} chunks for {size} bytes")
     for index, number in enumerate(rows):
         if table[number][1].size != min(chunk_bytes, size - index * chunk_bytes):
             raise ValueError(f"chunk {index} of file {path!r} has another size")
-    if type(mtime_ns) is not int:
+    if type(mtime_ns) is not int or not -_MOST <= mtime_ns <= _MOST:
         raise ValueError(f"file {path!r} has no time")
     return FileEntry(path, _mode(mode), mtime_ns, size, tuple(table[number][0] for number in rows))
 

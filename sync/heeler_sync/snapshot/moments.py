@@ -7,11 +7,12 @@ changed for a while (`QuietMoment`). Only the first is certain. A request to tak
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from heeler_sync.snapshot.scan import Found, TreeScan, coarse_now
+from heeler_sync.snapshot.scan import Found, TreeScan
 from heeler_sync.watch import CLOSED, GONE, Batch
 
 _DEBOUNCE = 0.05
@@ -19,6 +20,8 @@ _DEBOUNCE = 0.05
 
 _RECENTLY = 5.0
 """Seconds after its change in which a file that is still open for writing is perhaps half written."""
+
+_CLOCK_SLACK_NS = 1_000_000_000
 
 _ORDERED = 0.6
 """Seconds after which all earlier events have come: watchdog keeps a file that is moved away back for half a second."""
@@ -68,7 +71,7 @@ class Moment(Protocol):
 class QuietMoment:
     """The tree is complete when nothing has changed for a while: 2 s, or twice the longest gap inside a checkpoint."""
 
-    def __init__(self, quiet: float, wall: Callable[[], int] = coarse_now) -> None:
+    def __init__(self, quiet: float, wall: Callable[[], int] = time.time_ns) -> None:
         """Args: the least number of seconds without a change; the clock of files' stamps, nanoseconds since 1970."""
         self._quiet = quiet
         self._wall = wall
@@ -120,8 +123,10 @@ class QuietMoment:
         """As `Moment.late`: what was changed long after the last change that we were told of."""
         if self._last is None:
             return set()
-        known = self._wall() - int((now - self._last - self.window / 2) * 1e9)
-        return {path for path, found in scan.files.items() if found.stamp.ctime_ns > known}
+        wall = self._wall()
+        known = wall - int((now - self._last - self.window / 2) * 1e9)
+        # A stamp from the future says only that the clock was set back.
+        return {path for path, found in scan.files.items() if known < found.stamp.ctime_ns < wall + _CLOCK_SLACK_NS}
 
     def must_be_closed(self, scan: TreeScan) -> set[str]:
         """As `Moment.must_be_closed`: what was written just now."""
@@ -163,7 +168,7 @@ class ReadyMoment:
     its watch, an overflow, no inotify), by the files' change times, and in a tie of these by quiet.
     """
 
-    def __init__(self, matches: Callable[[str], bool], quiet: float, wall: Callable[[], int] = coarse_now) -> None:
+    def __init__(self, matches: Callable[[str], bool], quiet: float, wall: Callable[[], int] = time.time_ns) -> None:
         """Args.
 
         matches: Whether a path is of such a file.

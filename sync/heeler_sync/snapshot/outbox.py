@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import secrets
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
 
+from heeler_sync.errors import LocalFileError
 from heeler_sync.groups import alongside
 from heeler_sync.progress import Progress
 from heeler_sync.snapshot.layout import Layout
@@ -100,32 +102,24 @@ async def sending(layout: Layout, spool: Path | None, progress: Progress, on_sen
 
     Args:
         layout: Where to.
-        spool: A folder of our own for what has to wait; None keeps it in memory, and `add` waits.
+        spool: A folder for what has to wait, in one of its own there; None keeps it in memory, and `add` waits.
         progress: Counts what is sent.
         on_sent: Told of each pack that is in storage.
 
     Raises:
         StoreError: A pack was refused for good.
     """
-    outbox = Outbox(layout, spool, progress, on_sent)
+    own = None if spool is None else spool / secrets.token_hex(8)
+    outbox = Outbox(layout, own, progress, on_sent)
     try:
         async with alongside(*[outbox.send] * _AT_ONCE):
             yield outbox
             outbox.close()
     finally:
         outbox.discard()
-        if spool is not None:
+        if own is not None:
             with anyio.CancelScope(shield=True):
-                await in_thread(empty_spool, spool)
-
-
-def empty_spool(spool: Path) -> None:
-    """Remove what an earlier outbox left in its folder."""
-    try:
-        for file in spool.iterdir():
-            file.unlink()
-    except OSError:
-        return  # not made yet, or a disk that fails: then nothing can be spooled either
+                await in_thread(shutil.rmtree, own, ignore_errors=True)
 
 
 def _spooled(spool: Path, data: bytes) -> Path | None:
@@ -135,12 +129,16 @@ def _spooled(spool: Path, data: bytes) -> Path | None:
         spool.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
     except OSError:
-        file.unlink(missing_ok=True)
+        with suppress(OSError):
+            file.unlink()
         return None
     return file
 
 
 def _unspooled(file: Path) -> bytes:
-    data = file.read_bytes()
-    file.unlink()
+    try:
+        data = file.read_bytes()
+        file.unlink()
+    except OSError as error:
+        raise LocalFileError(str(file), f"can't be read again: {error.strerror}") from None
     return data

@@ -5,8 +5,6 @@ A pack's id carries the epoch that uploaded it and is never used twice; a pack i
 
 from __future__ import annotations
 
-import re
-import secrets
 from dataclasses import dataclass, field
 
 from heeler_sync.snapshot.chunks import Buffer, pack_chunk
@@ -14,19 +12,6 @@ from heeler_sync.snapshot.manifest import Place
 
 PACK_BYTES = 8 << 20
 """A pack is closed when another chunk might make it larger: one request carries it, also on a slow uplink."""
-
-_ID = re.compile(r"([1-9][0-9]{0,17})-[0-9a-f]{32}")
-
-
-def new_id(epoch: int) -> str:
-    """A name that was never used: of a pack, or of a manifest."""
-    return f"{epoch}-{secrets.token_hex(16)}"
-
-
-def epoch_of(name: str) -> int | None:
-    """The epoch in an id; None if it is no id of ours."""
-    found = _ID.fullmatch(name)
-    return int(found.group(1)) if found else None
 
 
 @dataclass

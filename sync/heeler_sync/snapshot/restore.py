@@ -131,10 +131,11 @@ class TreeRestore:
         try:
             if path.is_symlink() or not path.is_file() or not self._is_direct(path):
                 return None
-            stamp = Stamp.of(path.stat())
-            known = self._indexed.get(entry.path)
-            if stamp.size != entry.size:
-                return None
+            status = path.stat()
+            if status.st_size != entry.size or status.st_nlink > 1:
+                return None  # names of one file can't have a mode and a time each
+            stamp = Stamp.of(status)
+            known = self._indexed.get(entry.path) if self._chunk_bytes == CHUNK_BYTES else None
             if known is None or known.stamp != stamp:
                 known = Indexed(stamp, tuple(_digests(path, self._chunk_bytes)))
             if known.chunks != entry.chunks:
@@ -157,14 +158,21 @@ class TreeRestore:
 
     def _clear_way(self, tree: Tree, nested: Collection[Path]) -> None:
         """Remove links that are as wanted and wanted folders that are empty: they are made anew, not moved aside."""
+        for name, _, _ in os.walk(self._root):
+            mode = Path(name).stat().st_mode & 0o777
+            if mode & 0o700 != 0o700:  # what is in it, and it itself, could not be moved
+                Path(name).chmod(mode | 0o700)
+        folders = [folder for path in sorted(tree.folders) if self._is_own_folder(folder := self._root / path)]
         for path, target in tree.links.items():
             link = self._root / path
-            if link.is_symlink() and os.readlink(link) == target:
+            if link.is_symlink() and self._is_direct(link) and os.readlink(link) == target:
                 link.unlink()
-        for path in sorted(tree.folders, reverse=True):
-            folder = self._root / path
-            if folder not in nested and folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        for folder in reversed(folders):
+            if folder not in nested and not any(folder.iterdir()):
                 folder.rmdir()
+
+    def _is_own_folder(self, folder: Path) -> bool:
+        return folder.is_dir() and not folder.is_symlink() and self._is_direct(folder)
 
     def _lends(self, path: str) -> bool:
         target = self._root / path

@@ -17,6 +17,7 @@ from heeler_sync.errors import NoGenerationError, SyncError
 from heeler_sync.events import EventSink
 from heeler_sync.paths import Location
 from heeler_sync.restore import Restore, SyncFolder
+from heeler_sync.snapshot.chunks import CHUNK_BYTES
 from heeler_sync.snapshot.committer import SnapshotContext
 from heeler_sync.snapshot.folder import SnapshotFolder
 from heeler_sync.snapshot.head import Kept
@@ -161,9 +162,11 @@ class Snapshots:
             if not isinstance(source, Reader) or not await source.look():
                 raise NoGenerationError(str(folder.location), ["the head does not list it any more"])
         kept, restored = found
-        self._restored[folder.path] = restored.files
-        gone = indexed.keys() - restored.files.keys()
-        await in_thread(context.index.update, folder.path, restored.files, gone)
+        manifest = source.manifest(kept)
+        # Chunks of another size are no chunks of the next generation: then all is read once more.
+        files = restored.files if manifest is not None and manifest.chunk_bytes == CHUNK_BYTES else {}
+        self._restored[folder.path] = files
+        await in_thread(context.index.update, folder.path, files, indexed.keys() - files.keys())
         context.on_event(
             "folder_restored",
             {

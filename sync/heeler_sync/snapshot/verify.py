@@ -8,33 +8,24 @@ counts for the next head, too.
 from __future__ import annotations
 
 import enum
-import hashlib
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-
-from blake3 import blake3
 
 from heeler_sync.errors import (
     DamagedHeadError,
     DamagedObjectError,
-    ObjectNotFoundError,
     SyncError,
-    TransientStoreError,
 )
 from heeler_sync.groups import for_each
-from heeler_sync.paths import Location, is_own
 from heeler_sync.snapshot.fetch import DamagedPackError, fetch_chunks
 from heeler_sync.snapshot.head import Head, Kept
 from heeler_sync.snapshot.layout import Layout
 from heeler_sync.snapshot.manifest import Manifest, Place
-from heeler_sync.store.base import DIGEST_KEY, ObjectInfo, ObjectStore
-from heeler_sync.store.retry import RetryPolicy, retrying
+from heeler_sync.store.base import ObjectInfo
+from heeler_sync.store.retry import retrying
 
 _AT_ONCE = 4
 _ROUNDS = 10
-_DAMAGED_TRIES = 3
-_MD5_ETAG = re.compile(r'"([0-9a-f]{32})"')
 
 OnBytes = Callable[[int], None]
 """Told how many bytes were read."""
@@ -231,14 +222,20 @@ class _Verification:
             users = {number: found for number, found in self._manifests.items() if pack in found.packs}
             sizes = {found.packs[pack] for found in users.values()}
             there = listed.get(self.layout.pack_key(pack))
-            fault = await self.packs.fault(pack, min(sizes), wanted[pack], None if there is None else there.size)
+            size = None if there is None else there.size
+            fault = await self.packs.fault(pack, min(sizes), wanted[pack], size)
             if fault is not None:
-                self._add(fault, users)
+                self._add(fault, [number for number in users if await self._needs_damaged(number, pack, size)])
 
         await for_each(sorted(wanted), check, _AT_ONCE)
         for pack in set(self.head.adopted) - wanted.keys():
             if self.layout.pack_key(pack) not in listed:
                 self._add(Finding(Kind.MISSING, self.layout.pack_key(pack), "it is not there"), [])
+
+    async def _needs_damaged(self, number: int, pack: str, there: int | None) -> bool:
+        """Whether a generation needs a part of a damaged pack that is damaged: it may do with the rest."""
+        manifest = self._manifests[number]
+        return await self.packs.fault(pack, manifest.packs[pack], by_pack([manifest])[pack], there) is not None
 
     def _look_for_others(self, listed: Collection[str]) -> int:
         """Note what nothing refers to; how many packs nobody can tell of."""
@@ -262,72 +259,3 @@ class _Verification:
 
     def _add(self, finding: Finding, generations: Iterable[int]) -> None:
         self.findings.append(Finding(finding.kind, finding.key, finding.detail, tuple(sorted(generations))))
-
-
-# -- plain keys -----------------------------------------------------------------------------------------------------
-
-
-async def verify_plain(
-    store: ObjectStore, location: Location, policy: RetryPolicy, on_bytes: OnBytes = lambda _count: None
-) -> Verified:
-    """Read all plain keys of a prefix, and compare each with the checksum that it carries.
-
-    Raises:
-        UnsafeKeyError: A key can't be named as a path.
-        StoreError: Storage refused, or was out of reach for longer than the policy's patience.
-    """
-
-    async def collect() -> list[ObjectInfo]:
-        return [info async for page in store.list(location.prefix) for info in page]
-
-    listed = await retrying(policy, collect)
-    wanted = [info for info in listed if not is_own(info.key.removeprefix(location.prefix))]
-    findings: list[Finding] = []
-
-    async def check(info: ObjectInfo) -> None:
-        fault = await _plain_fault(store, info, policy)
-        on_bytes(info.size)
-        if fault is not None:
-            findings.append(fault)
-
-    await for_each(wanted, check, _AT_ONCE)
-    findings.sort(key=lambda finding: finding.key)
-    return Verified(None, tuple(findings), len(wanted), sum(info.size for info in wanted))
-
-
-async def _plain_fault(store: ObjectStore, listed: ObjectInfo, policy: RetryPolicy) -> Finding | None:
-    """What is wrong with an object; None if it is as it was stored, or gone since it was listed."""
-    for _ in range(_DAMAGED_TRIES):
-        try:
-            read = await retrying(policy, lambda: _read_plain(store, listed.key))
-        except ObjectNotFoundError:
-            return None  # deleted meanwhile, or a folder's marker
-        digest, etag = read.info.metadata.get(DIGEST_KEY), _MD5_ETAG.fullmatch(read.info.etag)
-        if digest is None and (etag is None or not store.provider.etag_is_md5):
-            return Finding(Kind.UNCHECKED, listed.key, "it carries no checksum")
-        if read.blake3 == digest or (digest is None and etag is not None and read.md5 == etag.group(1)):
-            return None
-    return Finding(Kind.DAMAGED, listed.key, "its bytes are not those that it was stored with")
-
-
-@dataclass(frozen=True)
-class _Read:
-    info: ObjectInfo
-    blake3: str
-    md5: str
-
-
-async def _read_plain(store: ObjectStore, key: str) -> _Read:
-    content, md5 = blake3(), hashlib.md5(usedforsecurity=False)
-    count = 0
-
-    def sink(data: bytes) -> None:
-        nonlocal count
-        content.update(data)
-        md5.update(data)
-        count += len(data)
-
-    info = await store.download(key, sink)
-    if count != info.size:
-        raise TransientStoreError("GetObject", store.bucket, key, f"{count} of {info.size} bytes came")
-    return _Read(info, content.hexdigest(), md5.hexdigest())

@@ -29,6 +29,7 @@ from heeler_sync.threads import run_stoppable
 _FAILURES = (BaseError, OSError, ValueError)
 """What obstore raises: its own errors, and built-in ones where Python has a name for it."""
 
+_RANGE_NOT_SATISFIABLE = "416"
 _MIN_CHUNK = 256 * 1024
 _PART_CONCURRENCY = 4
 _THREADS = 32
@@ -174,7 +175,10 @@ class S3ObjectStore:
                 else:
                     data = memoryview(obstore.get(self._once, key).bytes())[offset : offset + length]
             except _FAILURES as error:
-                raise store_error("GetObject", self._bucket, key, error) from None
+                failure = store_error("GetObject", self._bucket, key, error)
+                if isinstance(failure, PermanentStoreError) and failure.detail.startswith(_RANGE_NOT_SATISFIABLE):
+                    raise ShortAnswerError("GetObject", self._bucket, key, "it ends before the range") from None
+                raise failure from None
             if len(data) != length:
                 raise ShortAnswerError("GetObject", self._bucket, key, f"{len(data)} of {length} bytes came")
             return bytes(data)
