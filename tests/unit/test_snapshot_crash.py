@@ -211,7 +211,6 @@ def test_processes_that_die_again_and_again_on_two_machines_lose_nothing_that_wa
         run_virtual(die)
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="BUG: a journal's entries outlive an acquire that begins anew")
 def test_a_journal_of_a_prefix_that_was_emptied_since_offers_nothing_to_its_next_life(tmp_path: Path) -> None:
     """Somebody removes the prefix to start anew: epochs begin again at 1, of which the journal has entries."""
 

@@ -88,7 +88,6 @@ def case_dying_before_a_rename(folder: Path) -> None:
         run_virtual(case)
 
 
-@pytest.mark.xfail(reason="BUG: what is on its way is opened for writing, and has the mode of the file by then")
 def test_a_restore_that_died_right_before_it_renamed_a_read_only_file_can_be_repeated(tmp_path: Path) -> None:
     _as_a_user(case_dying_before_a_rename, tmp_path)
 

@@ -144,6 +144,7 @@ class Committer:
             SyncError: Disk or storage refused.
         """
         started, sent = anyio.current_time(), self._context.progress.bytes_up
+        await self.holder.settle()
         looked = await self._look(taking)
         if self.is_committed(looked.scan):
             tree = None

@@ -19,6 +19,7 @@ from heeler_sync.errors import (
     FinishedError,
     PrefixTakenError,
     StoreError,
+    TransientStoreError,
 )
 from heeler_sync.events import EventSink
 from heeler_sync.groups import for_each
@@ -149,6 +150,8 @@ class Holder:
             if found is not None:
                 refuse(found[0])
             elif await self._has_generations():
+                if await self.layout.read_head() is not None:
+                    continue  # another worker began here just now
                 raise DamagedHeadError(str(self.layout.location), "there are generations here, and no head")
             await permit.doubt()
             ours = found is not None and found[0].is_of(self._claim.job_id, self._claim.run_id)
@@ -165,7 +168,7 @@ class Holder:
             for pack, adoptable in adopted.items():
                 self._add_pack(pack, adoptable.size, adoptable.places)
             return written
-        raise AssertionError("the last turn returns or raises")
+        raise TransientStoreError("PutObject", self.layout.store.bucket, self.layout.head_key, "others write it, too")
 
     def _refuse(self, head: Head) -> None:
         claim = self._claim
@@ -284,7 +287,12 @@ class Holder:
         Raises:
             FencedError: The prefix is no longer ours. If the swap had taken effect before, the generation counts.
         """
-        places = {digest: self._places[digest] for digest in tree.digests()}
+        await self.settle()
+        wanted = tree.digests()
+        if not wanted <= self._places.keys():
+            detail = "a write of ours took effect after all, and dropped packs that this tree needs: take it again"
+            raise TransientStoreError("PutObject", self.layout.store.bucket, self.layout.head_key, detail)
+        places = {digest: self._places[digest] for digest in wanted}
         manifest = Manifest(
             generation=self.head.generation + 1,
             epoch=self.epoch,
@@ -320,16 +328,38 @@ class Holder:
         Raises:
             FencedError: The prefix is no longer ours.
         """
+        await self.settle()
         await self._swap(_completed(self.head, result))
+
+    async def settle(self) -> None:
+        """Learn what became of a write of ours that was given up without an answer.
+
+        Raises:
+            FencedError: Somebody else wrote the head since.
+        """
+        if not self._writer.unanswered:
+            return
+        found = await self.layout.read_head()
+        if found is None:
+            raise DamagedHeadError(str(self.layout.location), "its head was deleted while it was held")
+        if found[0].writes[-1] in self._writer.unanswered:
+            self._take_over(Written(*found))
+        elif self._written is None or found[1] != self._written.etag:
+            raise fenced_by(self.layout, found[0])
+        self._writer.unanswered.clear()
 
     async def _put(self, key: str, data: bytes) -> None:
         store = self.layout.store
         await retrying(self.layout.policy, lambda: store.put(key, data))
 
     async def _swap(self, head: Head) -> None:
+        self._take_over(await self._writer.write(head, self._written))
+
+    def _take_over(self, written: Written) -> None:
+        """The head is this one now: what it dropped is garbage."""
         before, kept_before = references(self.head, self._manifests), self.head.kept
         named_before = self._named()
-        self._written = await self._writer.write(head, self._written)
+        self._written = written
         names = {kept.manifest for kept in self.head.kept}
         self._manifests = {name: found for name, found in self._manifests.items() if name in names}
         named = self._named()

@@ -194,6 +194,8 @@ class TreeRestore:
 
     def _begin(self, entry: FileEntry, path: Path, chunk_bytes: int) -> _Incoming:
         item = _Incoming(entry, path, set(range(len(entry.chunks))))
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o600)  # an earlier restore may have died right before it renamed a read-only file
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             for number, _ in _matching(descriptor, entry, chunk_bytes):

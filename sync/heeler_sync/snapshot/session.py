@@ -132,6 +132,8 @@ class Snapshots:
                 fenced=self._rules.fences.trusted,
                 adopt=partial(self._context.uploads.load, str(location)),
             )
+            # What was adopted is named by the head now; the rest is of an epoch that is over.
+            await in_thread(self._context.uploads.clear, str(location))
 
     async def restore(self, folder: SyncFolder, mirror: Restore, nested: Sequence[Path]) -> None:
         """Bring a folder to the newest generation of its prefix, or to plain keys that were never committed.

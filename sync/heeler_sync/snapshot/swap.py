@@ -50,6 +50,8 @@ class HeadWriter:
         self._fenced = fenced
         self._wall = wall
         self._last = float("-inf")
+        self.unanswered: set[str] = set()
+        """The ids of writes that were given up without an answer: they may have taken effect, or may yet."""
 
     @property
     def now(self) -> float:
@@ -82,7 +84,10 @@ class HeadWriter:
                 return await self._resolve(signed, over, untold)
             return Written(signed, etag)
 
-        return await retrying(self._layout.policy, attempt)
+        self.unanswered.add(signed.writes[-1])
+        written = await retrying(self._layout.policy, attempt)
+        self.unanswered.clear()  # any other write of ours that is still under way names an ETag that is gone
+        return written
 
     async def _put(self, data: bytes, condition: Condition) -> str:
         used = condition if self._fenced else None

@@ -1,6 +1,6 @@
 """The journal of packs that a commit under way has uploaded: after our own restart they need not be sent again.
 
-An entry counts only for the holder and the epoch that it was written under: once another acquire came, a sweep may
+An entry counts only for the very acquire that it was written under: once another came, a sweep may
 have removed the packs. So it is cleared after each confirmed swap, before anything is collected.
 Blocking calls; any thread may call.
 """
@@ -56,7 +56,7 @@ class NoUploads:
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS uploads (
-    boot TEXT NOT NULL, location TEXT NOT NULL, holder TEXT NOT NULL, epoch INTEGER NOT NULL,
+    boot TEXT NOT NULL, location TEXT NOT NULL, holder TEXT NOT NULL, epoch INTEGER NOT NULL, acquired REAL NOT NULL,
     pack TEXT PRIMARY KEY, size INTEGER NOT NULL, places TEXT NOT NULL
 );
 """
@@ -94,10 +94,10 @@ class SqliteUploads:
             [digest.hex(), place.offset, place.stored, place.size, int(place.codec)]
             for digest, place in pack.places.items()
         ]
-        row = (self._boot, location, head.holder, head.epoch, pack.id, pack.size, json.dumps(places))
+        row = (self._boot, location, head.holder, head.epoch, head.acquired, pack.id, pack.size, json.dumps(places))
         try:
             with self._guard:
-                self._open.execute("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+                self._open.execute("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
         except sqlite3.Error as error:
             self._on_fault(f"the journal of uploads can't be written ({error})")
 
@@ -113,11 +113,13 @@ class SqliteUploads:
 
     def load(self, location: str, head: Head) -> Mapping[str, Adoptable]:
         """As `Uploads.load`; what can't be read is sent again."""
-        wanted = (location, head.holder, head.epoch)
+        wanted = (location, head.holder, head.epoch, head.acquired)
         try:
             with self._guard:
                 rows = self._open.execute(
-                    "SELECT pack, size, places FROM uploads WHERE location = ? AND holder = ? AND epoch = ?", wanted
+                    "SELECT pack, size, places FROM uploads"
+                    " WHERE location = ? AND holder = ? AND epoch = ? AND acquired = ?",
+                    wanted,
                 ).fetchall()
         except sqlite3.Error as error:
             self._on_fault(f"the journal of uploads can't be read ({error})")
