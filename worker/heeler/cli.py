@@ -13,7 +13,7 @@ from heeler import __version__, signals
 from heeler.config import Configuration, Settings
 from heeler.errors import EXIT_USAGE, HeelerError, UsageError
 from heeler.flags import with_settings
-from heeler.sync_commands import sync_app
+from heeler.sync.commands import sync_app
 
 app = typer.Typer(
     name="heeler",

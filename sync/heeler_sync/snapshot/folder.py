@@ -211,7 +211,10 @@ class SnapshotFolder:
         files = {path: what for path, what in batch.files.items() if self._include(path)}
         self._hindered = next(reversed(files), self._hindered)
         if files or batch.rescan:
+            due = self._moment.due()
             self._moment.take(Batch(files, batch.rescan, batch.implied), now)
+            if self._moment.certain and self._moment.due() != due:
+                self._retry_at, self._hindrances = -math.inf, 0  # a new checkpoint: what hindered the last is past
             self._note_change(now)
             if batch.rescan:
                 self._next_scan = min(self._next_scan, now + _SCAN_SOON_SECONDS)

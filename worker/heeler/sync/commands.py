@@ -50,9 +50,9 @@ def push(
     json: _Json = False,
 ) -> None:
     """Bring a folder to storage: as one new generation, or the files that differ. Nothing else is deleted there."""
-    from heeler import sync_push  # noqa: PLC0415 - storage is imported when it is asked for
+    from heeler.sync import push  # noqa: PLC0415 - storage is imported when it is asked for
 
-    sync_push.push(configuration, folder, url, sync_push.PushOptions(mode, job_id, unfenced=unfenced, as_json=json))
+    push.push(configuration, folder, url, push.PushOptions(mode, job_id, unfenced=unfenced, as_json=json))
 
 
 @sync_app.command()
@@ -69,10 +69,10 @@ def pull(
     json: _Json = False,
 ) -> None:
     """Make a folder equal to what storage holds: the newest whole generation, or the plain keys."""
-    from heeler import sync_pull  # noqa: PLC0415
+    from heeler.sync import pull  # noqa: PLC0415
 
-    options = sync_pull.PullOptions(mode, generation, move_aside=move_aside, as_json=json)
-    sync_pull.pull(configuration, url, folder, options)
+    options = pull.PullOptions(mode, generation, move_aside=move_aside, as_json=json)
+    pull.pull(configuration, url, folder, options)
 
 
 @sync_app.command()
@@ -90,9 +90,9 @@ def watch(
     unfenced: _Unfenced = False,
 ) -> None:
     """Keep a folder in storage until SIGINT or SIGTERM, which take it a last time, whole."""
-    from heeler import sync_watch  # noqa: PLC0415
+    from heeler.sync import watch  # noqa: PLC0415
 
-    sync_watch.watch(configuration, folder, url, sync_watch.WatchOptions(mode, ready, job_id, unfenced=unfenced))
+    watch.watch(configuration, folder, url, watch.WatchOptions(mode, ready, job_id, unfenced=unfenced))
 
 
 @sync_app.command("ls")
@@ -106,19 +106,19 @@ def list_(
     json: _Json = False,
 ) -> None:
     """Show what a prefix holds: who has it and its generations, or its objects."""
-    from heeler import sync_look  # noqa: PLC0415
+    from heeler.sync import look  # noqa: PLC0415
 
-    options = sync_look.ListOptions(mode, generation, files=files or generation is not None, as_json=json)
-    sync_look.print_listing(configuration, url, options)
+    options = look.ListOptions(mode, generation, files=files or generation is not None, as_json=json)
+    look.print_listing(configuration, url, options)
 
 
 @sync_app.command()
 @with_settings(*_STORAGE)
 def verify(configuration: Configuration, url: _Url, mode: _Mode = None, json: _Json = False) -> None:
     """Read all of a prefix and name what is missing, damaged or unreferenced; exit code 1 if something is lost."""
-    from heeler import sync_verify  # noqa: PLC0415
+    from heeler.sync import verify  # noqa: PLC0415
 
-    sync_verify.print_findings(configuration, url, mode, as_json=json)
+    verify.print_findings(configuration, url, mode, as_json=json)
 
 
 @sync_app.command()
@@ -137,7 +137,7 @@ def repair(
     unfenced: _Unfenced = False,
 ) -> None:
     """Write a new head for generations that have none, or none that can be read. Stop all workers of them first."""
-    from heeler import sync_repair  # noqa: PLC0415
+    from heeler.sync import repair  # noqa: PLC0415
 
-    options = sync_repair.RepairOptions(generation, job_id, run_id, yes=yes, unfenced=unfenced)
-    sync_repair.repair(configuration, url, options)
+    options = repair.RepairOptions(generation, job_id, run_id, yes=yes, unfenced=unfenced)
+    repair.repair(configuration, url, options)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from heeler.config import Configuration
-from heeler.sync_place import MIRROR, FailedError, Place, open_place, run
-from heeler.sync_voice import Amount, Voice, count, size
+from heeler.sync.place import MIRROR, FailedError, Place, open_place, run
+from heeler.sync.voice import Amount, Voice, count, size
 from heeler_sync.snapshot.head import Head
 from heeler_sync.snapshot.verify import Finding, Kind, Verified, verify
 from heeler_sync.verify_plain import verify_plain

@@ -8,12 +8,12 @@ from pathlib import Path
 import anyio
 
 from heeler.config import Configuration, Settings
-from heeler.sync_compare import Comparison, Memory, everything, in_common, look
-from heeler.sync_hold import PERMIT, Hold, check_source, claim_on, commit, take
-from heeler.sync_mirror import push_mirror
-from heeler.sync_place import MIRROR, Place, open_place, run
-from heeler.sync_state import boot_id, open_index, open_spool, open_uploads
-from heeler.sync_voice import Amount, Voice, count, size
+from heeler.sync.compare import Comparison, Memory, everything, in_common, look
+from heeler.sync.hold import PERMIT, Hold, check_source, claim_on, commit, take
+from heeler.sync.mirror import push_mirror
+from heeler.sync.place import MIRROR, Place, open_place, run
+from heeler.sync.state import boot_id, open_index, open_spool, open_uploads
+from heeler.sync.voice import Amount, Voice, count, size
 from heeler_sync.errors import DamagedObjectError
 from heeler_sync.progress import Progress
 from heeler_sync.snapshot.capture import changed_files

@@ -13,12 +13,12 @@ import anyio
 
 from heeler.config import Configuration, Settings
 from heeler.errors import UsageError
-from heeler.sync_compare import everything, in_common, look
-from heeler.sync_hold import PERMIT, Hold, check_source, claim_on, take
-from heeler.sync_mirror import in_storage, mirror_context, refuse_beside_generations
-from heeler.sync_place import MIRROR, Place, leave, open_place, run
-from heeler.sync_state import open_index, open_spool, open_uploads
-from heeler.sync_voice import Voice
+from heeler.sync.compare import everything, in_common, look
+from heeler.sync.hold import PERMIT, Hold, check_source, claim_on, take
+from heeler.sync.mirror import in_storage, mirror_context, refuse_beside_generations
+from heeler.sync.place import MIRROR, Place, leave, open_place, run
+from heeler.sync.state import open_index, open_spool, open_uploads
+from heeler.sync.voice import Voice
 from heeler_sync.errors import NotNowError
 from heeler_sync.groups import background
 from heeler_sync.mirror import Capture, Mirror

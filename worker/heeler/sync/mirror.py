@@ -8,9 +8,9 @@ from pathlib import Path
 import anyio
 
 from heeler.config import Settings
-from heeler.sync_compare import everything
-from heeler.sync_place import FailedError, Place
-from heeler.sync_voice import Amount, Voice, count, size
+from heeler.sync.compare import everything
+from heeler.sync.place import FailedError, Place
+from heeler.sync.voice import Amount, Voice, count, size
 from heeler_sync.download import Wanted, list_wanted
 from heeler_sync.errors import FileChangedError, LocalFileError
 from heeler_sync.groups import background, for_each

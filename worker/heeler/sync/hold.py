@@ -10,8 +10,8 @@ import anyio
 
 from heeler.config import Settings
 from heeler.errors import UsageError
-from heeler.sync_place import FailedError, Place, held_by_job, holder_name
-from heeler.sync_voice import Voice
+from heeler.sync.place import FailedError, Place, held_by_job, holder_name
+from heeler.sync.voice import Voice
 from heeler_sync.errors import NotNowError, ObjectNotFoundError
 from heeler_sync.groups import for_each
 from heeler_sync.sender import AlwaysPermitted

@@ -10,8 +10,8 @@ import anyio.to_thread
 
 from heeler.config import Configuration, Settings
 from heeler.errors import UsageError
-from heeler.sync_place import FailedError, Place, holder_name, open_place, run
-from heeler.sync_voice import Amount, Voice, count, size, when
+from heeler.sync.place import FailedError, Place, holder_name, open_place, run
+from heeler.sync.voice import Amount, Voice, count, size, when
 from heeler_sync.errors import DamagedHeadError
 from heeler_sync.snapshot.head import Head
 from heeler_sync.snapshot.repair import Survey, new_head, survey, write_head

@@ -8,8 +8,8 @@ from typing import Any
 
 from heeler.config import Configuration
 from heeler.errors import UsageError
-from heeler.sync_place import MIRROR, FailedError, Place, open_place, run
-from heeler.sync_voice import Voice, count, size, when
+from heeler.sync.place import MIRROR, FailedError, Place, open_place, run
+from heeler.sync.voice import Voice, count, size, when
 from heeler_sync.paths import is_own
 from heeler_sync.snapshot.head import Head, Kept
 from heeler_sync.snapshot.manifest import Manifest

@@ -13,9 +13,9 @@ import anyio
 from heeler.config import Configuration, Settings
 from heeler.errors import UsageError
 from heeler.rooms import Rooms
-from heeler.sync_place import MIRROR, FailedError, Place, open_place, run
-from heeler.sync_state import open_index
-from heeler.sync_voice import Amount, Voice, count, size, when
+from heeler.sync.place import MIRROR, FailedError, Place, open_place, run
+from heeler.sync.state import open_index
+from heeler.sync.voice import Amount, Voice, count, size, when
 from heeler_sync.aside import locked_folder
 from heeler_sync.download import list_wanted
 from heeler_sync.errors import LocalFileError
