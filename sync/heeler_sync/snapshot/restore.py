@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +34,9 @@ from heeler_sync.tree import Stamp
 
 _READERS = 4
 _BATCH = 100
+_PLACERS = 16
+_PLACED = 10
+"""Small files are made durable many at a time: the file system then puts them into one commit of its journal."""
 
 
 @dataclass
@@ -44,7 +46,6 @@ class _Incoming:
     entry: FileEntry
     path: Path
     missing: set[int] = field(default_factory=set)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True)
@@ -232,9 +233,6 @@ class TreeRestore:
         for item in incoming:
             for number in item.missing:
                 targets.setdefault(item.entry.chunks[number], []).append((item, number))
-        with _local_errors(self._root):
-            whole = [item for item in incoming if not item.missing]
-            await for_each(whole, lambda item: in_thread(self._place, item), _READERS)
 
         def write(digest: bytes, data: Buffer) -> None:
             with _local_errors(self._root):
@@ -247,6 +245,8 @@ class TreeRestore:
 
         places = {digest: manifest.places[digest] for digest in targets}
         await fetch_chunks(self._layout, places, write, on_bytes, self._policy)
+        batches = [incoming[at : at + _PLACED] for at in range(0, len(incoming), _PLACED)]
+        await for_each(batches, lambda batch: in_thread(self._place, batch), _PLACERS)
 
     def _write(self, item: _Incoming, number: int, data: Buffer, chunk_bytes: int) -> None:
         descriptor = os.open(item.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -254,19 +254,15 @@ class TreeRestore:
             os.pwrite(descriptor, data, number * chunk_bytes)
         finally:
             os.close(descriptor)
-        with item.lock:
-            item.missing.discard(number)
-            whole = not item.missing
-        if whole:
-            self._place(item)
 
-    def _place(self, item: _Incoming) -> None:
-        """A file has all its chunks: make it durable and give it its name."""
-        target = self._root / item.entry.path
-        _sync(item.path)
-        _dressed(item.path, item.entry)
-        item.path.replace(target)
-        self._done[item.entry.path] = Indexed(Stamp.of(target.stat()), item.entry.chunks)
+    def _place(self, items: Sequence[_Incoming]) -> None:
+        """These files have all their chunks: make them durable and give them their names."""
+        with _local_errors(self._root):
+            for item in items:
+                target = self._root / item.entry.path
+                _finish_file(item.path, item.entry)
+                item.path.replace(target)
+                self._done[item.entry.path] = Indexed(Stamp.of(target.stat()), item.entry.chunks)
 
     def _finish(self, tree: Tree) -> None:
         """Links, then the folders' own permissions, deepest first."""
@@ -306,6 +302,17 @@ def _dressed(path: Path, entry: FileEntry) -> Stamp:
     if status.st_mtime_ns != entry.mtime_ns:
         os.utime(path, ns=(entry.mtime_ns, entry.mtime_ns))
     return Stamp.of(path.stat())
+
+
+def _finish_file(path: Path, entry: FileEntry) -> None:
+    """Make a file durable, then give it its mode and time."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+        os.fchmod(descriptor, entry.mode)
+        os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:
