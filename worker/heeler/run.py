@@ -15,7 +15,7 @@ import anyio
 from heeler.config import Configuration
 from heeler.errors import EXIT_BUG, HeelerError, UsageError
 from heeler.log import Logger, logging_to
-from heeler.memory import give_memory_back
+from heeler.memory import share_freed_memory
 from heeler.supervisor import supervise
 
 
@@ -27,7 +27,7 @@ def run_worker(configuration: Configuration, job_file: Path | None) -> NoReturn:
     """
     if job_file is not None:
         configuration = _with_job(configuration, job_file)
-    give_memory_back()
+    share_freed_memory()
     try:
         with logging_to(sys.stderr, configuration.settings.log_format, configuration.secrets()) as log:
             code = _supervise(configuration, log)

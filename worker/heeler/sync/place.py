@@ -15,7 +15,7 @@ import anyio
 from heeler import signals
 from heeler.config import Settings
 from heeler.errors import HeelerError, UnavailableError, UsageError
-from heeler.memory import give_memory_back
+from heeler.memory import share_freed_memory
 from heeler.storage import stores
 from heeler.sync.voice import Voice
 from heeler_sync.errors import (
@@ -155,7 +155,7 @@ def run(voice: Voice, work: Callable[[], Awaitable[int]], on_stop: Stop | None =
     Whatever goes wrong is one line.
     """
     signals.hold()
-    give_memory_back()
+    share_freed_memory()
     try:
         with told():
             code = anyio.run(_run, work, on_stop)
