@@ -367,9 +367,11 @@ class SnapshotFolder:
         backoff = self._context.backoff()
         while True:
             try:
+                if not await in_thread(self.root.is_dir):
+                    return await self._finish_without()
                 return await self._commit(taking, self._result)
             except NotNowError as error:
-                if self._result is None and (not whole or not self.root.is_dir()):
+                if not whole:
                     return None
                 if anyio.current_time() >= give_up:
                     self.refusal = LocalFileError(str(self.root / error.path), "is changed after the program's end")
@@ -384,6 +386,12 @@ class SnapshotFolder:
             except (PermanentStoreError, LocalFileError) as error:
                 self.refusal = error
                 return None
+
+    async def _finish_without(self) -> None:
+        """The program removed the folder: that takes nothing from what is kept, nor from the job."""
+        self._event("folder_replaced", folder=str(self.root))
+        if self._result is not None:
+            await self.holder.complete(self._result)
 
     def _event(self, name: str, **fields: object) -> None:
         self._context.on_event(name, fields)

@@ -29,8 +29,9 @@ from heeler_sync.snapshot.ids import epoch_of, new_id
 from heeler_sync.snapshot.layout import Layout
 from heeler_sync.snapshot.manifest import Manifest, Place, Tree, encode
 from heeler_sync.snapshot.retention import dropped, garbage, references, retained
-from heeler_sync.snapshot.swap import HeadWriter, OvertakenError, Written, fenced_by
+from heeler_sync.snapshot.swap import EarlierWriteError, HeadWriter, OvertakenError, Written, fenced_by
 from heeler_sync.store.retry import retrying
+from heeler_sync.threads import in_thread
 
 _REGAINS = 3
 _CONTENDED = 5
@@ -301,7 +302,7 @@ class Holder:
             places=places,
             packs={pack: self._sizes[pack] for pack in {place.pack for place in places.values()}},
         )
-        data = encode(manifest)
+        data = await in_thread(encode, manifest)
         kept = Kept(
             generation=manifest.generation,
             run_id=self._claim.run_id,
@@ -329,7 +330,13 @@ class Holder:
             FencedError: The prefix is no longer ours.
         """
         await self.settle()
-        await self._swap(_completed(self.head, result))
+        in_doubt = bool(self._writer.unanswered)
+        try:
+            await self._swap(_completed(self.head, result))
+        except TransientStoreError:
+            if not in_doubt or self._writer.unanswered:
+                raise
+            await self._swap(_completed(self.head, result))  # an earlier write of ours had come in between
 
     async def settle(self) -> None:
         """Learn what became of a write of ours that was given up without an answer.
@@ -344,16 +351,22 @@ class Holder:
             raise DamagedHeadError(str(self.layout.location), "its head was deleted while it was held")
         if found[0].writes[-1] in self._writer.unanswered:
             self._take_over(Written(*found))
+            self._writer.unanswered.clear()
         elif self._written is None or found[1] != self._written.etag:
             raise fenced_by(self.layout, found[0])
-        self._writer.unanswered.clear()
 
     async def _put(self, key: str, data: bytes) -> None:
         store = self.layout.store
         await retrying(self.layout.policy, lambda: store.put(key, data))
 
     async def _swap(self, head: Head) -> None:
-        self._take_over(await self._writer.write(head, self._written))
+        try:
+            written = await self._writer.write(head, self._written)
+        except EarlierWriteError:
+            await self.settle()
+            detail = "a write of ours that was given up took effect after all: once more"
+            raise TransientStoreError("PutObject", self.layout.store.bucket, self.layout.head_key, detail) from None
+        self._take_over(written)
 
     def _take_over(self, written: Written) -> None:
         """The head is this one now: what it dropped is garbage."""

@@ -14,6 +14,7 @@ from heeler_sync.snapshot.ids import epoch_of
 from heeler_sync.snapshot.manifest import BadManifestError, Manifest, decode
 from heeler_sync.store.base import ObjectInfo, ObjectStore
 from heeler_sync.store.retry import RetryPolicy, retrying
+from heeler_sync.threads import in_thread
 
 _DAMAGED_TRIES = 3
 _MANIFEST = re.compile(r"([1-9][0-9]{0,17})\.([^/]+)\.json\.zst")
@@ -103,7 +104,7 @@ class Layout:
                 detail = "its digest is not the one that the head lists"
                 continue
             try:
-                return decode(data)
+                return await in_thread(decode, data)  # of 100,000 files, it takes seconds
             except BadManifestError as error:
                 detail = f"it {error}"
         raise DamagedObjectError(self.store.bucket, key, detail)

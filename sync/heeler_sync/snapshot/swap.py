@@ -100,9 +100,12 @@ class HeadWriter:
             TransientStoreError: It has not taken effect. The same write may be sent again: if both arrive, the second
                 finds another ETag.
             FencedError: Another write came, instead of ours or after it.
+            EarlierWriteError: One of ours did, that had been given up.
         """
         found = await self._layout.read_head()
         mine = signed.writes[-1]
+        if found is not None and found[0].writes[-1] in self.unanswered - {mine}:
+            raise EarlierWriteError
         if found is not None and found[0].writes[-1] == mine:
             return Written(*found)
         if found is not None and (over is None or found[1] != over.etag):
@@ -115,6 +118,10 @@ class HeadWriter:
 
     async def _wait_for_spacing(self) -> None:
         await anyio.sleep(max(0.0, self._last + SPACING - anyio.current_time()))
+
+
+class EarlierWriteError(Exception):
+    """A write of our own that had been given up took effect meanwhile: what is to be written follows from that head."""
 
 
 class OvertakenError(FencedError):

@@ -74,7 +74,7 @@ class S3ObjectStore:
         sending = endpoint.no_progress + BYTES_IN_FLIGHT / _SLOWEST_UPLINK
         self._once = _client(bucket, endpoint, self._provider, endpoint.no_progress, retries=0)
         self._sending = _client(bucket, endpoint, self._provider, sending, retries=0)
-        self._parts = _client(bucket, endpoint, self._provider, sending, retries=4)
+        self._parts = _client(bucket, endpoint, self._provider, sending, retries=4, signs_payload=False)
         self._threads = anyio.CapacityLimiter(_THREADS)
 
     def __repr__(self) -> str:
@@ -309,13 +309,22 @@ def _info(meta: Mapping[str, Any], attributes: Mapping[Any, Any]) -> ObjectInfo:
     return ObjectInfo(meta["path"], meta["size"], meta["e_tag"] or "", metadata)
 
 
-def _client(bucket: str, endpoint: Endpoint, provider: Provider, no_progress: float, *, retries: int) -> S3Store:
+def _client(
+    bucket: str,
+    endpoint: Endpoint,
+    provider: Provider,
+    no_progress: float,
+    *,
+    retries: int,
+    signs_payload: bool = True,
+) -> S3Store:
     plain = endpoint.url is not None and endpoint.url.startswith("http://")
     options: dict[str, Any] = {
         "region": endpoint.region or provider.default_region,
         "virtual_hosted_style_request": False,
-        # TLS protects the body on the way; without it the signature has to.
-        "unsigned_payload": not plain,
+        # A signed body is one whose SHA-256 the server checks. Large files are checked by the parts' ETags instead,
+        # where TLS protects them on the way.
+        "unsigned_payload": not plain and not signs_payload,
         "client_options": {
             "allow_http": plain,
             "connect_timeout": "10s",
