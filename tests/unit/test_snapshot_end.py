@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
+import anyio
+import anyio.to_thread
 import pytest
 
 from heeler_sync.paths import Location
@@ -37,6 +40,7 @@ async def test_a_program_that_removes_its_folder_at_its_end_has_done_its_job(tmp
     await session.restore()
     async with session.watching():
         (folder.path / "model").write_bytes(b"model")
+        await anyio.to_thread.run_sync(time.sleep, 0.05)  # ticks of the kernel's clock take their time
         await session.checkpoint()
         shutil.rmtree(folder.path)
         session.freeze()

@@ -135,7 +135,7 @@ def _note_link(at: str, path: str, real_root: str, found: TreeScan) -> None:
     real = os.path.realpath(at)
     if why is None and real != real_root and not inside(real, real_root):
         why = "it leads out of the folder"
-    if why is None and os.path.realpath(posixpath.join(posixpath.dirname(at), target)) != real:
+    if why is None and target != text and os.path.realpath(posixpath.join(posixpath.dirname(at), target)) != real:
         why = "it has '..' behind a link"
     if why is None:
         found.links[path] = target
