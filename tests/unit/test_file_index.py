@@ -111,9 +111,8 @@ def test_after_a_reboot_nothing_is_believed(tmp_path: Path, faults: Faults) -> N
     third.close()
 
 
-names = st.one_of(
-    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), st.binary().map(os.fsdecode)
-)
+whole = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+names = st.one_of(whole, st.binary().map(os.fsdecode))
 
 
 @settings(max_examples=60, deadline=None)
