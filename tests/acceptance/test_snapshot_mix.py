@@ -45,7 +45,7 @@ def stories(seed: int) -> list[Story]:
         gap = rng.uniform(1, 5) if long else rng.choice([0.0, 0.002, 0.02, 0.1, 0.4])
         names = (*"ABCD"[: 2 if long else rng.randint(2, 4)], "done")
         kills = 1 if long else 2
-        found.append(Story(number, LAYOUTS[number % 4], names, gap, rng.uniform(0.5, 1.5), kills, ready=True))
+        found.append(Story(number, LAYOUTS[number % 4], names, gap, rng.uniform(0.2, 1.5), kills, ready=True))
     return found
 
 

@@ -155,7 +155,10 @@ async def test_a_listing_tells_size_and_etag(store: ObjectStore) -> None:
 
 async def test_a_listing_of_more_than_one_page_is_whole(store: ObjectStore) -> None:
     wanted = [f"p/{number:04}" for number in range(1003)]
-    await for_each(wanted, lambda key: store.put(key, b""), 16)
+    # The first makes the folder: of several that want to make it at once, rclone (1.75) answers some with 500, since
+    # it looks whether the folder is there, makes it, and loses sight of what the other request has put into its own.
+    await store.put(wanted[0], b"")
+    await for_each(wanted[1:], lambda key: store.put(key, b""), 16)
     pages = [page async for page in store.list("p/")]
     found = [info.key for page in pages for info in page]
     assert len(found) == len(set(found))

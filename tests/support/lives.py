@@ -23,7 +23,7 @@ from blake3 import blake3
 from heeler_sync.paths import Location
 from heeler_sync.progress import Progress
 from heeler_sync.sender import AlwaysPermitted, Permit
-from heeler_sync.snapshot import capture, fetch, outbox, restore
+from heeler_sync.snapshot import capture, collect, fetch, outbox, restore
 from heeler_sync.snapshot import holder as holding
 from heeler_sync.snapshot.chunks import unpack_chunk
 from heeler_sync.snapshot.committer import Committer, SnapshotContext, SnapshotTimes, Taking
@@ -55,7 +55,7 @@ def small_pieces(at_once: int) -> Iterator[None]:
         patch.setattr(restore, "_READERS", at_once)
         patch.setattr(fetch, "_AT_ONCE", at_once)
         patch.setattr(outbox, "_AT_ONCE", at_once)
-        patch.setattr(holding, "_DELETES_AT_ONCE", at_once)
+        patch.setattr(collect, "_DELETES_AT_ONCE", at_once)
         patch.setattr(capture, "coarse_now", lambda: 1 << 62)
         yield
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from heeler_sync.snapshot.index import FileIndex, Indexed, MemoryIndex, SqliteIndex
 from heeler_sync.tree import Stamp
 
-ROOT = Path("/work/checkpoints")
+ROOT = Path("/data/checkpoints")
 
 
 def entry(number: int, chunks: int = 2) -> Indexed:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from heeler_sync.snapshot.moments import Moment, QuietMoment, ReadyMoment
+from heeler_sync.snapshot.moments import LIVES_ON, Moment, QuietMoment, ReadyMoment
 from heeler_sync.snapshot.scan import TICK_SECONDS, Found, TreeScan
 from heeler_sync.tree import Stamp
 from heeler_sync.watch import CHANGED, CLOSED, GONE, Batch
@@ -194,32 +194,64 @@ def test_files_of_a_new_folder_are_told_by_their_stamps(ready: ReadyMoment) -> N
     assert ready.late(TreeScan(files={"new/a": found(10.1), "ready": found(10.0)}), 10.2) == {"new/a"}
 
 
-def test_a_ready_file_in_a_new_folder_is_complete_when_all_is_quiet() -> None:
+def test_a_ready_file_in_a_new_folder_is_due_at_once_and_settled_when_all_is_quiet() -> None:
     """Its events came before the folder was watched: nobody saw it being closed."""
     ready = ReadyMoment(lambda path: path.endswith("/ready"), QUIET)
     ready.take(batch(("new/a", CHANGED), ("new/ready", CHANGED), rescan=True, implied={"new/a", "new/ready"}), 10.0)
     tree = TreeScan(files={"new/a": found(9.8), "new/ready": found(9.9)})
-    assert (ready.due(), ready.certain) == (12.0, False)
-    assert ready.late(tree, 11.9) >= set()
-    assert ready.late(tree, 12.0) == set()
-    assert ready.late(TreeScan(files={"new/a": found(9.95), "new/ready": found(9.9)}), 12.0) == {"new/a"}
+    assert (ready.due(), ready.settled()) == (10.0, 12.0)
+    assert ready.must_be_closed(tree) == {"new/ready"}, "it may be half written: /proc tells"
+    assert ready.late(tree, 10.0) == set()
+    for now in (10.0, 12.0):
+        assert ready.late(TreeScan(files={"new/a": found(9.95), "new/ready": found(9.9)}), now) == {"new/a"}
 
 
-def test_a_ready_file_that_is_being_written_waits_for_its_end_or_for_quiet(ready: ReadyMoment) -> None:
+def test_in_one_tick_with_a_ready_file_that_nobody_saw_being_closed_only_quiet_tells() -> None:
+    wall = [10 * NS]
+    ready = ReadyMoment(lambda path: path == "ready", QUIET, wall=lambda: wall[0])
+    ready.take(closed("a"), 9.9)
+    ready.take(changed("ready"), 10.0)
+    tie = scan(a=10.0, ready=10.0)
+    wall[0] = 11 * NS
+    assert ready.late(tie, 11.0) == {"a"}, "however old it is: events do not tell the order"
+    wall[0] = 12 * NS
+    assert ready.late(tie, 12.0) == set()
+    fresh = scan(a=11.9, ready=11.9)
+    assert ready.late(fresh, 12.0) == {"a"}, "changed just now, and the event is on its way: that is not quiet"
+
+
+def test_a_ready_file_that_is_being_written_is_due_and_settled_only_by_its_end(ready: ReadyMoment) -> None:
+    """A writer may pause for longer than any quiet time, and die in it."""
     ready.take(closed("a"), 9.0)
     ready.take(changed("ready"), 10.0)
-    assert (ready.due(), ready.certain) == (12.0, False)
+    assert (ready.due(), ready.settled()) == (10.0, math.inf)
+    assert ready.must_be_closed(scan(a=9.0, ready=10.0)) == {"ready"}
     ready.take(changed("ready"), 11.0)
-    assert ready.due() == 13.0
+    assert (ready.due(), ready.settled()) == (11.0, math.inf)
     ready.take(closed("ready"), 11.5)
-    assert (ready.due(), ready.certain) == (11.5, True)
+    assert (ready.due(), ready.settled()) == (11.5, 11.5 + LIVES_ON)
 
 
 def test_a_ready_file_that_is_written_anew_is_no_longer_the_one_that_was_closed(ready: ReadyMoment) -> None:
     ready.take(closed("a", "ready"), 10.0)
     ready.take(changed("ready"), 10.5)
-    assert ready.due() > 10.5
-    assert not ready.certain
+    assert (ready.due(), ready.settled()) == (10.5, math.inf)
+    assert ready.late(scan(a=9.0, b=10.45, ready=10.5), 10.5) == set()
+    assert ready.late(scan(a=9.0, b=10.55, ready=10.5), 10.5) == {"b"}
+
+
+def test_what_nobody_told_of_is_unheard_the_ready_file_itself_too() -> None:
+    """The program died, and may have died in writing these: that they are closed by now says nothing."""
+    wall = [10 * NS]
+    ready = ReadyMoment(lambda path: path == "ready", QUIET, wall=lambda: wall[0])
+    ready.take(closed("a", "ready"), 10.0)
+    wall[0] = 11 * NS
+    ready.take(closed("log"), 11.0)
+    assert ready.unheard(scan(a=9.0, ready=10.0)) == set()
+    assert ready.unheard(scan(a=10.5, log=10.9, ready=10.6)) == {"a", "log", "ready"}
+    ready.take(changed("ready"), 11.0)
+    assert ready.unheard(scan(a=10.5, ready=11.0)) == set()
+    assert ready.unheard(scan(a=10.5, b=11.1, ready=11.2)) == {"b", "ready"}
 
 
 def test_a_ready_file_that_was_moved_into_place_is_closed(ready: ReadyMoment) -> None:
@@ -292,14 +324,18 @@ def test_the_order_in_which_a_new_folders_files_are_found_says_nothing(ready: Re
     assert ready.late(TreeScan(files={"new/a": found(9.0), "ready": found(10.0)}), 13.0) == set()
 
 
-def test_a_ready_file_that_a_scan_found_changed_is_due_when_all_is_quiet(ready: ReadyMoment) -> None:
+def test_a_ready_file_that_a_scan_found_changed_is_due_at_once_and_settled_when_all_is_quiet(
+    ready: ReadyMoment,
+) -> None:
     """Its events were lost."""
     ready.scanned(scan(a=1, ready=2), 0.0)
     assert ready.due() == math.inf
     ready.scanned(scan(a=59, ready=60), 61.0)
-    assert (ready.due(), ready.certain) == (63.0, False)
-    assert ready.late(scan(a=59, ready=60), 63.0) == set()
-    assert ready.late(scan(a=61, ready=60), 63.0) == {"a"}
+    assert (ready.due(), ready.settled()) == (61.0, 63.0)
+    for now in (61.0, 63.0):
+        assert ready.late(scan(a=59, ready=60), now) == set()
+        assert ready.late(scan(a=61, ready=60), now) == {"a"}
+    assert ready.late(scan(a=60, ready=60), 61.0) == {"a"}
 
 
 def by_folder() -> ReadyMoment:
@@ -367,6 +403,9 @@ class World:
     shown: str = ""
     events: list[tuple[float, str, str]] = field(default_factory=list)
     plan: list[tuple[float, str, str, int]] = field(default_factory=list)
+    killed: float = math.inf
+    notice: float = 0.0
+    """Seconds until we notice that the program was killed."""
 
     def event(self, path: str, what: str) -> None:
         self.arrival = max(self.arrival, self.now + self.rng.choice([0.0, 0.001, 0.05, self.rng.uniform(0, 0.5)]))
@@ -395,6 +434,11 @@ class World:
         elif what == "close":
             self.open.discard(path)
             self.event(path, CLOSED)
+        elif what == "kill":
+            self.killed = self.now
+            for name in sorted(self.open):
+                self.event(name, CLOSED)
+            self.open.clear()
         elif what == "rename":
             there, content = self.files.pop(path + ".tmp")
             stamp = there.stamp
@@ -430,6 +474,12 @@ class World:
                     self.plan.append((at, what, path, number))
             at += self.rng.choice([0.0, 0.002, 0.3, 1.0, 5.0, 70.0])
 
+    def kill_somewhere(self) -> None:
+        """Right after one of its steps, or a moment later; that is the last step."""
+        self.notice = self.rng.choice([0.0, 0.001, 0.01, 0.04])
+        last = self.rng.randrange(len(self.plan))
+        self.plan[last + 1 :] = [(self.plan[last][0] + self.gap(), "kill", "", 0)]
+
     def advance(self, to: float) -> Batch:
         """Let the program go on; what has arrived of its events by then."""
         while self.plan and self.plan[0][0] <= to:
@@ -458,23 +508,34 @@ class World:
         )
 
 
-def look(world: World, moment: ReadyMoment) -> bool | None:
-    """What a commit does, once; whether what it took is one checkpoint, None if it took nothing."""
+def look(world: World, moment: ReadyMoment, *, killable: bool = False, ended: bool = False) -> bool | None:
+    """What a commit does, once; whether what it took is one checkpoint, None if it took nothing.
+
+    With `killable` the program may die while the folder is looked at; `ended`: it has, and events are heard no more.
+    """
     moment.begin()
     tick = world.ctime()
     first = world.scan()
-    if moment.late(first, world.now):
-        return None
     exact = world.is_one_checkpoint()
+    if killable:
+        moment.take(world.advance(world.now + world.gap()), world.now)
+    if moment.late(first, world.now) or (ended and moment.unheard(first)):
+        return None
     contents = {path: content for path, (_, content) in world.files.items()}
     world.shown = f"at {world.now:.4f} {contents}, latest {world.latest}"
     if world.open & moment.must_be_closed(first):
         return None
     if any(entry.stamp.ctime_ns >= tick for entry in first.files.values()):
-        moment.take(world.advance(world.now + TICK_SECONDS), world.now)
+        news = world.advance(world.now + TICK_SECONDS)
+        moment.take(Batch() if ended else news, world.now)
     if not world.scan().same_tree(first):
         return None
-    if world.rng.random() < 0.5:
+    if killable:
+        lived = world.now + LIVES_ON
+        moment.take(world.advance(lived), world.now)
+        if world.killed + world.notice < lived:
+            return None
+    if not ended and world.rng.random() < 0.5:
         moment.take(world.advance(world.now + world.gap()), world.now)
     moment.taken()
     return exact
@@ -513,6 +574,42 @@ def test_whatever_the_delays_what_is_taken_is_one_checkpoint_and_the_last_is_alw
         total += taken
         assert last, f"seed {seed}: the last checkpoint was never taken"
     assert total > 1000
+
+
+def run_killed(seed: int, *, links: bool) -> tuple[int, int]:
+    """How many trees were taken while the program lived, and after it was killed somewhere."""
+    rng = random.Random(seed)
+    world = World(rng, links)
+    world.write_plan(rng.randint(1, 4))
+    world.kill_somewhere()
+    moment = ReadyMoment(lambda path: path == "ready", QUIET, world.ctime)
+    taken = 0
+    while world.plan:
+        moment.take(world.advance(world.now + rng.choice([0.0005, 0.004, 0.05, 0.3, 1.0, QUIET])), world.now)
+        if world.now >= world.killed:
+            break
+        if rng.random() < 0.02:
+            moment.scanned(world.scan(), world.now)
+        if moment.due() <= world.now and rng.random() < 0.7:
+            exact = look(world, moment, killable=True)
+            assert exact is not False, f"seed {seed}: {world.shown}"
+            taken += exact is True
+    noticed = world.killed + world.notice
+    moment.take(world.advance(max(world.now, noticed + world.gap())), world.now)
+    if max(moment.due(), moment.settled()) > noticed:
+        return taken, 0
+    exact = look(world, moment, ended=True)
+    assert exact is not False, f"seed {seed}: after its death, {world.shown}"
+    return taken, exact is True
+
+
+@pytest.mark.parametrize("links", [False, True], ids=["files", "files and a link"])
+def test_wherever_a_program_is_killed_what_is_taken_is_one_checkpoint(links: bool) -> None:
+    first = random.Random().randrange(2**40)
+    print(f"seeds from {first}")
+    taken = [run_killed(seed, links=links) for seed in range(first, first + 2000)]
+    assert sum(before for before, _ in taken) > 500
+    assert sum(after for _, after in taken) > 0
 
 
 @pytest.mark.parametrize("seed", [118, 393, 3237])

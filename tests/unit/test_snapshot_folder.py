@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -19,7 +20,8 @@ from heeler_sync.errors import AccessDeniedError, FencedError, LocalFileError, N
 from heeler_sync.paths import location
 from heeler_sync.sender import AlwaysPermitted
 from heeler_sync.session import Capture, Plan, Session
-from heeler_sync.snapshot import capture, folder, session
+from heeler_sync.snapshot import capture, committer, folder, session
+from heeler_sync.snapshot.capture import Look
 from heeler_sync.snapshot.committer import SnapshotTimes
 from heeler_sync.snapshot.holder import Claim, acquire
 from heeler_sync.snapshot.layout import Layout
@@ -414,6 +416,68 @@ async def test_a_ready_file_that_was_closed_well_before_the_kill_counts(machine:
         session.freeze()
         await session.flush(Capture(whole=False))
         assert machine.files() == {"model": 1, "ready": 1}
+
+
+async def half_a_save(machine: Machine) -> None:
+    """All but the ready file is written anew; the program dies in writing that, before we were told of any of it."""
+    await in_thread(time.sleep, TICK_SECONDS)
+    machine.write("model", b"22", told=None)
+    await in_thread(time.sleep, TICK_SECONDS)
+    machine.write("ready", b"", told=None)
+
+
+async def test_a_ready_file_that_the_kill_closed_while_the_folder_was_looked_at_does_not_count(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large folder is looked at for longer than the moment that a program must live on."""
+    look = capture.look
+
+    async def slow(*arguments: Any) -> Look:
+        await anyio.sleep(0.2)
+        return await look(*arguments)
+
+    monkeypatch.setattr(committer, "look", slow)
+    async with machine.watching(ready="ready") as session:
+        machine.write("model")
+        await in_thread(time.sleep, TICK_SECONDS)
+        machine.write("ready")
+        await anyio.sleep(0.1)
+        await half_a_save(machine)
+        session.freeze()
+        await session.flush(Capture(whole=False))
+        assert machine.generation() == 0
+
+
+async def test_a_ready_file_that_the_kill_closed_does_not_count_for_one_that_was_complete_before(
+    machine: Machine,
+) -> None:
+    async with machine.watching(ready="ready") as session:
+        machine.write("model")
+        await in_thread(time.sleep, TICK_SECONDS)
+        machine.job.store.scripts["put"] = [AccessDeniedError("PutObject", "bucket", "k", "403")]
+        machine.write("ready")
+        await anyio.sleep(0.3)
+        await half_a_save(machine)
+        session.freeze()
+        await session.flush(Capture(whole=False))
+        assert machine.generation() == 0
+
+
+async def test_a_ready_file_that_is_being_written_is_not_looked_at_with_each_of_its_changes(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[float] = []
+
+    async def held(*_: object) -> Look:
+        looks.append(anyio.current_time())
+        raise NotNowError("ready", "is open for writing")
+
+    monkeypatch.setattr(committer, "look", held)
+    async with machine.watching(ready="ready"):
+        for _ in range(3000):
+            Watch.latest.tell(CHANGED, "ready")
+            await anyio.sleep(0.01)
+    assert 3 <= len(looks) <= 15, "each is a walk through the folder and through /proc"
 
 
 async def test_a_refusal_for_good_at_the_end_is_raised(machine: Machine) -> None:

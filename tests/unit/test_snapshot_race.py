@@ -126,7 +126,7 @@ def test_the_races_find_a_collector_of_whatever_is_not_referred_to(monkeypatch: 
         del epoch
         return garbage(layout, keys, refers, 1 << 60)
 
-    monkeypatch.setattr("heeler_sync.snapshot.holder.garbage", greedy)
+    monkeypatch.setattr("heeler_sync.snapshot.collect.garbage", greedy)
     _finds("missing")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import anyio
 import pytest
@@ -22,15 +23,25 @@ from heeler_sync.errors import (
     UnfencedStoreError,
 )
 from heeler_sync.paths import location
+from heeler_sync.sender import AlwaysPermitted
 from heeler_sync.snapshot.head import Head, encode_head
+from heeler_sync.snapshot.holder import Claim, Holder, acquire
 from heeler_sync.snapshot.layout import Layout
-from heeler_sync.snapshot.manifest import UnknownFormatError
-from heeler_sync.snapshot.swap import SPACING, HeadWriter, OvertakenError, Written, probe, require_fence
+from heeler_sync.snapshot.manifest import Tree, UnknownFormatError
+from heeler_sync.snapshot.swap import (
+    SPACING,
+    EarlierWriteError,
+    HeadWriter,
+    OvertakenError,
+    Written,
+    probe,
+    require_fence,
+)
 from heeler_sync.store.base import Condition
 from heeler_sync.store.memory import MemoryStore
 from heeler_sync.store.providers import PROVIDERS
 from heeler_sync.store.retry import RetryPolicy
-from tests.support.stores import IMPATIENT, ScriptedStore
+from tests.support.stores import IMPATIENT, Events, ScriptedStore
 from tests.support.virtual_time import VIRTUAL
 
 pytestmark = pytest.mark.anyio
@@ -246,6 +257,89 @@ async def test_a_store_out_of_reach_is_given_up_after_the_patience(prefix: Prefi
     with pytest.raises(TransientStoreError):
         await prefix.writer.write(replace(before.head, generation=1), before)
     assert anyio.current_time() - started < 10
+
+
+# A write that was given up without an answer, and took effect.
+
+
+async def give_up(prefix: Prefix, write: Callable[[], Awaitable[object]], *, effect: bool, reads: int = 0) -> None:
+    """Write while there is no answer, with or without an effect; before it the head is read so many times."""
+    silence: list[object] = [error(TransientStoreError)] * 100_000
+    prefix.answer(("after", silence[0]) if effect else silence[0], *silence)
+    prefix.store.scripts["download"] = [*[None] * reads, *silence]
+    with pytest.raises(TransientStoreError):
+        await write()
+    prefix.store.scripts.clear()
+
+
+async def test_an_earlier_write_of_ours_took_effect_and_another_follows_from_it(prefix: Prefix) -> None:
+    before = await prefix.writer.write(OURS, None)
+    await give_up(prefix, lambda: prefix.writer.write(replace(before.head, generation=1), before), effect=True)
+    with pytest.raises(EarlierWriteError):
+        await prefix.writer.write(replace(before.head, generation=2), before)
+    found = await prefix.layout.read_head()
+    assert found is not None
+    assert found[0].generation == 1
+    prefix.answer(error(TransientStoreError), error(PreconditionFailedError, "412"))
+    written = await prefix.writer.write(replace(found[0], generation=2), Written(*found))
+    assert await prefix.there() == written.head, "what we write over is no surprise, though it was ours"
+    assert prefix.writer.unanswered == set()
+
+
+UNORDERED = Claim("job", "run", 1, "us", ordered=False)
+
+
+async def overtaken(prefix: Prefix) -> tuple[Holder, FencedError]:
+    """A holder whose prefix another one took."""
+    holder = await acquire(prefix.layout, UNORDERED, AlwaysPermitted(), Events())
+    await acquire(Layout(prefix.store.inner, prefix.layout.location, IMPATIENT), UNORDERED, AlwaysPermitted(), Events())
+    with pytest.raises(FencedError) as fenced:
+        await holder.commit(Tree())
+    return holder, fenced.value
+
+
+async def test_a_prefix_is_taken_back_over_an_earlier_try_that_took_effect_without_an_answer(prefix: Prefix) -> None:
+    holder, fenced = await overtaken(prefix)
+    await give_up(prefix, lambda: holder.regain(fenced, AlwaysPermitted()), effect=True, reads=1)
+    prefix.answer(error(TransientStoreError))
+    await holder.regain(fenced, AlwaysPermitted())
+    assert (await prefix.there()).epoch == holder.epoch == 4
+    assert (await holder.commit(Tree())).generation == 1
+
+
+async def test_a_prefix_is_taken_back_although_an_earlier_try_takes_effect_at_that_moment(prefix: Prefix) -> None:
+    holder, fenced = await overtaken(prefix)
+    sent: list[bytes] = []
+    put = prefix.store.put
+
+    async def remember(key: str, data: bytes, **options: Any) -> str:
+        sent.append(data)
+        return await put(key, data, **options)
+
+    prefix.store.put = remember  # type: ignore[method-assign]
+    await give_up(prefix, lambda: holder.regain(fenced, AlwaysPermitted()), effect=False, reads=1)
+    earlier = sent[0]
+
+    async def arrive() -> None:
+        await prefix.store.inner.put(KEY, earlier)
+
+    prefix.answer(arrive)
+    await holder.regain(fenced, AlwaysPermitted())
+    assert (await prefix.there()).epoch == holder.epoch == 4
+    assert (await holder.commit(Tree())).generation == 1
+
+
+async def test_a_prefix_that_can_not_be_taken_back_for_earlier_tries_is_out_of_reach(
+    prefix: Prefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder, fenced = await overtaken(prefix)
+
+    async def write(*_: object) -> Written:
+        raise EarlierWriteError
+
+    monkeypatch.setattr(HeadWriter, "write", write)
+    with pytest.raises(TransientStoreError):
+        await holder.regain(fenced, AlwaysPermitted())
 
 
 # Spacing: R2 takes one write of a key per second.

@@ -80,6 +80,7 @@ class Taking:
         must_be_closed: Which files of a scan nobody may hold open for writing.
         begin: Called right before the folder is looked at.
         taken: Called when the tree is the newest generation.
+        looked: Called when the folder has been looked at, so that nobody held open what must be closed.
     """
 
     late: Late
@@ -87,6 +88,7 @@ class Taking:
     must_be_closed: Late
     begin: Callable[[], None]
     taken: Callable[[], None]
+    looked: Callable[[], None] = lambda: None
 
 
 class Committer:
@@ -146,6 +148,7 @@ class Committer:
         started, sent = anyio.current_time(), self._context.progress.bytes_up
         await self.holder.settle()
         looked = await self._look(taking)
+        taking.looked()
         if self.is_committed(looked.scan):
             tree = None
         else:

@@ -30,10 +30,10 @@ from heeler_sync.snapshot.committer import Committer, SnapshotContext, Taking
 from heeler_sync.snapshot.head import Kept
 from heeler_sync.snapshot.holder import Holder
 from heeler_sync.snapshot.index import Indexed
-from heeler_sync.snapshot.moments import Moment
+from heeler_sync.snapshot.moments import LIVES_ON, Moment
 from heeler_sync.snapshot.scan import TreeScan
 from heeler_sync.threads import in_thread
-from heeler_sync.watch import Batch, TreeWatch
+from heeler_sync.watch import CLOSED, Batch, TreeWatch
 
 _SCAN_SECONDS = 60.0
 _SCAN_SECONDS_UNWATCHED = 2.0
@@ -213,7 +213,8 @@ class SnapshotFolder:
         if files or batch.rescan:
             due = self._moment.due()
             self._moment.take(Batch(files, batch.rescan, batch.implied), now)
-            if self._moment.certain and self._moment.due() != due:
+            closed = batch.rescan or CLOSED in files.values()  # each look is a walk: not with every single write
+            if self._moment.certain and self._moment.due() != due and closed:
                 self._retry_at, self._hindrances = -math.inf, 0  # a new checkpoint: what hindered the last is past
             self._note_change(now)
             if batch.rescan:
@@ -330,13 +331,16 @@ class SnapshotFolder:
                 self._event("uplink_too_slow", folder=str(self.root), minutes_at_risk=round(behind / 60, 1))
 
     def _at_moment(self) -> Taking:
-        """When the moment says that the tree is complete."""
-        moment = self._moment
-        settled = moment.settled()
+        """When the moment says that the tree is complete, and the program lives on after nobody held it open."""
+        moment, lived = self._moment, math.inf
+
+        def looked() -> None:
+            nonlocal lived
+            lived = anyio.current_time() + LIVES_ON
 
         async def confirm() -> None:
-            await anyio.sleep(max(0.0, settled - anyio.current_time()))
-            if self._frozen_at is not None and self._frozen_at < settled:
+            await anyio.sleep(max(0.0, lived - anyio.current_time()))
+            if self._frozen_at is not None and self._frozen_at < lived:
                 raise NotNowError(".", "was not known to be complete when the program ended")
 
         return Taking(
@@ -345,24 +349,31 @@ class SnapshotFolder:
             must_be_closed=moment.must_be_closed,
             begin=moment.begin,
             taken=moment.taken,
+            looked=looked,
+        )
+
+    def _as_it_was(self) -> Taking:
+        """When it was complete before the program's end: nothing may have been changed since that we know of."""
+        moment = self._moment
+        return Taking(
+            late=lambda scan: moment.late(scan, anyio.current_time()) | moment.unheard(scan),
+            confirm=_at_once,
+            must_be_closed=moment.must_be_closed,
+            begin=moment.begin,
+            taken=moment.taken,
         )
 
     def _as_it_is(self) -> Taking:
         """When somebody says so."""
-
-        async def confirm() -> None:
-            return
-
-        return Taking(_none, confirm, _none, self._moment.begin, self._moment.taken)
+        return Taking(_none, _at_once, _none, self._moment.begin, self._moment.taken)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
     async def _finish(self, *, whole: bool) -> None:
         """Commit what the program left, as far as it may be; say that the job is complete, if it is."""
-        complete = max(self._moment.due(), self._moment.settled())
-        if not whole and (self._frozen_at is None or complete > self._frozen_at):
+        if not whole and not self._was_settled():
             return None
-        taking = self._as_it_is() if whole else self._at_moment()
+        taking = self._as_it_is() if whole else self._as_it_was()
         give_up = anyio.current_time() + _LAST_SECONDS
         backoff = self._context.backoff()
         while True:
@@ -387,6 +398,11 @@ class SnapshotFolder:
                 self.refusal = error
                 return None
 
+    def _was_settled(self) -> bool:
+        """Whether the tree was complete before the program's end, and not by it."""
+        complete = max(self._moment.due(), self._moment.settled())
+        return self._frozen_at is not None and complete <= self._frozen_at
+
     async def _finish_without(self) -> None:
         """The program removed the folder: that takes nothing from what is kept, nor from the job."""
         self._event("folder_replaced", folder=str(self.root))
@@ -399,3 +415,7 @@ class SnapshotFolder:
 
 def _none(_scan: TreeScan) -> set[str]:
     return set()
+
+
+async def _at_once() -> None:
+    return

@@ -6,8 +6,9 @@ it lists, and the chunks that a commit of ours may refer to. Its calls that writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from blake3 import blake3
@@ -16,54 +17,26 @@ from heeler_sync.errors import (
     DamagedHeadError,
     DamagedObjectError,
     FencedError,
-    FinishedError,
-    PrefixTakenError,
-    StoreError,
     TransientStoreError,
 )
 from heeler_sync.events import EventSink
-from heeler_sync.groups import for_each
 from heeler_sync.sender import Permit
+from heeler_sync.snapshot.claim import Claim
+from heeler_sync.snapshot.collect import Collector
 from heeler_sync.snapshot.head import Head, Kept
 from heeler_sync.snapshot.ids import epoch_of, new_id
+from heeler_sync.snapshot.known import Adoptable, Chunks
 from heeler_sync.snapshot.layout import Layout
 from heeler_sync.snapshot.manifest import Manifest, Place, Tree, encode
-from heeler_sync.snapshot.retention import dropped, garbage, references, retained
+from heeler_sync.snapshot.retention import references, retained
 from heeler_sync.snapshot.swap import EarlierWriteError, HeadWriter, OvertakenError, Written, fenced_by
 from heeler_sync.store.retry import retrying
 from heeler_sync.threads import in_thread
 
+__all__ = ["Adoptable", "Claim", "Holder", "acquire"]
+
 _REGAINS = 3
 _CONTENDED = 5
-_DELETES_AT_ONCE = 8
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Who wants to hold a prefix.
-
-    Attributes:
-        job_id: The job that the prefix is to belong to; empty for nobody's.
-        run_id: Which run of it.
-        attempt: Which delivery of it, from 1.
-        holder: Who we are, for people.
-        ordered: Whether a higher attempt is always the newer one. Where not, a holder that the queue still calls the
-            holder may take the prefix back.
-    """
-
-    job_id: str = ""
-    run_id: str = ""
-    attempt: int = 1
-    holder: str = ""
-    ordered: bool = True
-
-
-@dataclass(frozen=True)
-class Adoptable:
-    """A pack that an interrupted commit of ours had uploaded: its places by digest, and its size in bytes."""
-
-    places: Mapping[bytes, Place]
-    size: int
 
 
 class Holder:
@@ -77,12 +50,10 @@ class Holder:
         self._keep = keep
         self._written: Written | None = None
         self._manifests: dict[str, Manifest] = {}
-        self._places: dict[bytes, Place] = {}
-        self._sizes: dict[str, int] = {}
+        self._chunks = Chunks()
         self._damaged: set[int] = set()
-        self._bad: set[str] = set()
         self._regains = 0
-        self._garbage: list[str] = []
+        self._collector = Collector(layout, on_event)
 
     @property
     def head(self) -> Head:
@@ -113,7 +84,7 @@ class Holder:
 
     def known(self, digest: bytes) -> Place | None:
         """Where a chunk is that a commit of ours may refer to."""
-        return self._places.get(digest)
+        return self._chunks.place(digest)
 
     # -- acquire ---------------------------------------------------------------------------------------------------
 
@@ -130,7 +101,7 @@ class Holder:
             FencedError: A newer attempt of the job holds it.
             DamagedHeadError: There are generations, but no head that can be read.
         """
-        self._written = await self._contend(permit, adopt, self._refuse)
+        self._written = await self._contend(permit, adopt, partial(self._claim.refuse, self.layout))
         await permit.doubt()
         await self._read_manifests()
         self._on_event(
@@ -157,7 +128,7 @@ class Holder:
             await permit.doubt()
             ours = found is not None and found[0].is_of(self._claim.job_id, self._claim.run_id)
             adopted = adopt(found[0]) if found is not None and ours else {}
-            head = self._taken(None if found is None else found[0], tuple(adopted))
+            head = self._claim.head(None if found is None else found[0], tuple(adopted), self._writer.now)
             try:
                 written = await self._writer.write(head, None if found is None else Written(*found))
             except OvertakenError as overtaken:
@@ -165,42 +136,13 @@ class Holder:
                     raise
                 self._on_event("acquire_contended", {"error": str(overtaken)})
                 continue
+            except EarlierWriteError:
+                continue
             self._forget_own()
             for pack, adoptable in adopted.items():
-                self._add_pack(pack, adoptable.size, adoptable.places)
+                self.add_pack(pack, adoptable.size, adoptable.places)
             return written
         raise TransientStoreError("PutObject", self.layout.store.bucket, self.layout.head_key, "others write it, too")
-
-    def _refuse(self, head: Head) -> None:
-        claim = self._claim
-        if head.job_id not in ("", claim.job_id):
-            raise PrefixTakenError(str(self.layout.location), head.job_id)
-        if not head.is_of(claim.job_id, claim.run_id):
-            return
-        if head.complete:
-            raise FinishedError(dict(head.result or {}))
-        if claim.ordered and head.attempt > claim.attempt:
-            raise fenced_by(self.layout, head)
-
-    def _taken(self, head: Head | None, adopted: tuple[str, ...]) -> Head:
-        claim = self._claim
-        if head is None:
-            head = Head(claim.job_id, claim.run_id, claim.attempt, 0, "", 0.0)
-        same = head.is_of(claim.job_id, claim.run_id)
-        return replace(
-            head,
-            job_id=claim.job_id,
-            run_id=claim.run_id,
-            attempt=claim.attempt,
-            epoch=head.epoch + 1,
-            holder=claim.holder,
-            acquired=self._writer.now,
-            adopted=adopted,
-            status="open",
-            result=None,
-            failures=head.failures if same else 0,
-            interruptions=head.interruptions if same else 0,
-        )
 
     async def _has_generations(self) -> bool:
         async for page in self.layout.store.list(self.layout.own):
@@ -210,8 +152,7 @@ class Holder:
 
     def _forget_own(self) -> None:
         """Of an epoch that is over: its packs that no head names may be collected by now."""
-        self._places.clear()
-        self._sizes.clear()
+        self._chunks.clear()
 
     async def _read_manifests(self) -> None:
         wanted = {kept.manifest: kept for kept in self.head.kept}
@@ -226,7 +167,7 @@ class Holder:
                 self.damaged(kept, str(error))
         for kept in self.head.kept:
             if kept.generation not in self._damaged and kept.manifest in self._manifests:
-                self._know(self._manifests[kept.manifest])
+                self._chunks.know(self._manifests[kept.manifest])
 
     def manifest(self, kept: Kept) -> Manifest | None:
         """The manifest of a generation, if it can be read."""
@@ -253,32 +194,18 @@ class Holder:
             if manifest is not None and other.generation not in self._damaged:
                 whole.update(manifest.places)
         # What only damaged generations name may be gone, too, though nobody has asked for it yet.
-        self._places = {
-            digest: whole.get(digest, place)
-            for digest, place in self._places.items()
-            if digest in whole or epoch_of(place.pack) == self.epoch or place.pack in self.head.adopted
-        }
-        self._places = {digest: place for digest, place in self._places.items() if place.pack not in self._bad}
+        adopted = self.head.adopted
+        self._chunks.keep(lambda place: epoch_of(place.pack) == self.epoch or place.pack in adopted, whole)
 
     def forget_pack(self, pack: str) -> None:
         """A pack was found missing or damaged: no commit refers to it from now on."""
-        self._bad.add(pack)
-        self._places = {digest: place for digest, place in self._places.items() if place.pack not in self._bad}
-
-    def _know(self, manifest: Manifest) -> None:
-        self._places.update({d: place for d, place in manifest.places.items() if place.pack not in self._bad})
-        self._sizes.update(manifest.packs)
+        self._chunks.forget_pack(pack)
 
     # -- commit ----------------------------------------------------------------------------------------------------
 
     def add_pack(self, pack: str, size: int, places: Mapping[bytes, Place]) -> None:
         """A pack of our epoch is in storage: commits may refer to it."""
-        self._add_pack(pack, size, places)
-
-    def _add_pack(self, pack: str, size: int, places: Mapping[bytes, Place]) -> None:
-        self._sizes[pack] = size
-        for digest, place in places.items():
-            self._places[digest] = place
+        self._chunks.add(pack, size, places)
 
     async def commit(self, tree: Tree, *, result: Mapping[str, Any] | None = None) -> Kept:
         """Make `tree` the next generation; with a `result` the job is complete by the same write.
@@ -289,18 +216,17 @@ class Holder:
             FencedError: The prefix is no longer ours. If the swap had taken effect before, the generation counts.
         """
         await self.settle()
-        wanted = tree.digests()
-        if not wanted <= self._places.keys():
+        places = self._chunks.places(tree.digests())
+        if places is None:
             detail = "a write of ours took effect after all, and dropped packs that this tree needs: take it again"
             raise TransientStoreError("PutObject", self.layout.store.bucket, self.layout.head_key, detail)
-        places = {digest: self._places[digest] for digest in wanted}
         manifest = Manifest(
             generation=self.head.generation + 1,
             epoch=self.epoch,
             created=self._writer.now,
             tree=tree,
             places=places,
-            packs={pack: self._sizes[pack] for pack in {place.pack for place in places.values()}},
+            packs=self._chunks.sizes({place.pack for place in places.values()}),
         )
         data = await in_thread(encode, manifest)
         kept = Kept(
@@ -378,15 +304,10 @@ class Holder:
         named = self._named()
         gone = named_before - named
         # A commit refers only to packs of the head that it replaces, and to those of its own epoch.
-        self._places = {
-            digest: place
-            for digest, place in self._places.items()
-            if place.pack in named or (epoch_of(place.pack) == self.epoch and place.pack not in gone)
-        }
-        after = references(self.head, self._manifests)
-        if after is not None and before is not None:
-            # What an unreadable manifest needs is not known: then a later epoch's sweep finds what is left.
-            self._garbage.extend(dropped(self.layout, before, after, kept_before))
+        self._chunks.keep(
+            lambda place: place.pack in named or (epoch_of(place.pack) == self.epoch and place.pack not in gone)
+        )
+        self._collector.dropped(before, references(self.head, self._manifests), kept_before)
 
     def _named(self) -> set[str]:
         """The packs that the head names, as far as its manifests can be read."""
@@ -400,39 +321,12 @@ class Holder:
 
         What can't be deleted now is left to the sweep of a later epoch.
         """
-        wanted, self._garbage = self._garbage, []
-        return await self._delete(wanted, permit)
+        return await self._collector.collect(permit)
 
     async def sweep(self, permit: Permit) -> int:
         """Delete what epochs before ours left behind and the head does not name; how many objects that were."""
-        head, refers = self.head, references(self.head, self._manifests)
-        if refers is None:
-            return 0
-        found: list[str] = []
-        async for page in self.layout.store.list(self.layout.own):
-            found.extend(garbage(self.layout, (info.key for info in page), refers, head.epoch))
-        return await self._delete(found, permit)
-
-    async def _delete(self, keys: Collection[str], permit: Permit) -> int:
-        deleted: list[str] = []
-        refused: list[StoreError] = []
-
-        async def delete(key: str) -> None:
-            if refused or not permit.certain():
-                return  # garbage stays garbage: the next holder finds it
-            try:
-                await self.layout.store.delete(key)
-            except StoreError as error:
-                refused.append(error)
-            else:
-                deleted.append(key)
-
-        await for_each(keys, delete, _DELETES_AT_ONCE)
-        if refused:
-            self._on_event("collect_failed", {"error": str(refused[0])})
-        if deleted:
-            self._on_event("collected", {"location": str(self.layout.location), "objects": len(deleted)})
-        return len(deleted)
+        refers = references(self.head, self._manifests)
+        return 0 if refers is None else await self._collector.sweep(refers, self.epoch, permit)
 
     # -- fenced ----------------------------------------------------------------------------------------------------
 

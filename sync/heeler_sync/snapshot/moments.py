@@ -15,7 +15,7 @@ from typing import Protocol
 from heeler_sync.snapshot.scan import Found, TreeScan
 from heeler_sync.watch import CLOSED, GONE, Batch
 
-_DEBOUNCE = 0.05
+LIVES_ON = 0.05
 """Seconds that the program must live on after it closed a file: what its death closed is not complete."""
 
 _RECENTLY = 5.0
@@ -57,6 +57,10 @@ class Moment(Protocol):
 
     def late(self, scan: TreeScan, now: float) -> set[str]:
         """The files and links that were changed after the tree was complete."""
+        ...
+
+    def unheard(self, scan: TreeScan) -> set[str]:
+        """The files and links that were changed after all that we know of: if the program is dead, by its death."""
         ...
 
     def must_be_closed(self, scan: TreeScan) -> set[str]:
@@ -128,6 +132,10 @@ class QuietMoment:
         # A stamp from the future says only that the clock was set back.
         return {path for path, found in scan.files.items() if known < found.stamp.ctime_ns < wall + _CLOCK_SLACK_NS}
 
+    def unheard(self, scan: TreeScan) -> set[str]:  # noqa: ARG002 - they are late in any case
+        """As `Moment.unheard`."""
+        return set()
+
     def must_be_closed(self, scan: TreeScan) -> set[str]:
         """As `Moment.must_be_closed`: what was written just now."""
         since = self._wall() - int(_RECENTLY * 1e9)
@@ -157,15 +165,23 @@ class _Seen:
     ready: _Closed | None = None
     open: dict[str, float] = field(default_factory=dict)
     """Ready files that changed and were not seen being closed, and when they last changed."""
+    told: set[str] = field(default_factory=set)
+    """Those of them whose change an event told, as one would tell their being closed."""
     unsure: int = 0
     """The last event after which files may have changed without one of their own."""
 
+    def forget_open(self, path: str) -> None:
+        """It was closed, or went."""
+        self.open.pop(path, None)
+        self.told.discard(path)
+
 
 class ReadyMoment:
-    """The tree is complete when a file that matches was closed or renamed into place, and nothing came after it.
+    """The tree is complete when a file that matches is not open for writing any more, and nothing came after it.
 
-    What came after is told by the order of events, which are in one queue; where there was none (a folder filled before
-    its watch, an overflow, no inotify), by the files' change times, and in a tie of these by quiet.
+    What came after is told by the files' change times. Where these are the same, within one tick of the kernel's clock,
+    the order of events tells, which are in one queue; where there were none (a folder filled before its watch, an
+    overflow, no inotify), quiet does.
     """
 
     def __init__(self, matches: Callable[[str], bool], quiet: float, wall: Callable[[], int] = time.time_ns) -> None:
@@ -180,6 +196,7 @@ class ReadyMoment:
         self._wall = wall
         self._count = 0
         self._last = -math.inf
+        self._heard_ns = wall()
         self._seen = _Seen()
         self._begun = 0
         self._begun_at = -math.inf
@@ -189,33 +206,38 @@ class ReadyMoment:
     @property
     def certain(self) -> bool:
         """As `Moment.certain`."""
-        return not self._seen.open
+        return True
 
     def take(self, batch: Batch, now: float) -> None:
         """As `Moment.take`."""
         if not batch:
             return
-        self._last = now
+        self._hear(now)
         for path, what in batch.files.items():
             self._count += 1
             if what == GONE:
                 self._seen.order.pop(path, None)
-                self._seen.open.pop(path, None)
+                self._seen.forget_open(path)
             elif path not in batch.implied:
                 self._seen.order[path] = self._count
             if what != GONE and self._matches(path):
-                self._note_ready(path, now, closed=what == CLOSED and path not in batch.implied)
+                self._note_ready(path, now, what, implied=path in batch.implied)
         if batch.rescan:
             self._count += 1
             self._seen.unsure = self._count
 
-    def _note_ready(self, path: str, now: float, *, closed: bool) -> None:
+    def _hear(self, now: float) -> None:
+        self._last, self._heard_ns = now, self._wall()
+
+    def _note_ready(self, path: str, now: float, what: str, *, implied: bool) -> None:
         self._told.add(path)
-        if closed:
-            self._seen.open.pop(path, None)
+        if what == CLOSED and not implied:
+            self._seen.forget_open(path)
             self._seen.ready = _Closed(self._count, path, now, self._wall())
         else:
             self._seen.open[path] = now
+            if not implied:
+                self._seen.told.add(path)
 
     def scanned(self, scan: TreeScan, now: float) -> None:
         """As `Moment.scanned`."""
@@ -223,21 +245,26 @@ class ReadyMoment:
         if self._known is not None:
             for path, entry in found.items():
                 if self._known.get(path) != entry and path not in self._told and path not in self._seen.open:
-                    self._seen.open[path] = self._last = now
+                    self._hear(now)
+                    self._seen.open[path] = now
                     self._count += 1
                     self._seen.unsure = self._count
         self._known = found
         self._told.clear()
 
     def due(self) -> float:
-        """As `Moment.due`: when it was closed; where we did not see that, when all has been quiet."""
-        if self._seen.open:
-            return self._last + self._quiet
-        return self._seen.ready.at if self._seen.ready is not None else math.inf
+        """As `Moment.due`: when the ready file was last changed, as far as we know."""
+        closed = self._seen.ready.at if self._seen.ready is not None else -math.inf
+        return max(self._seen.open.values(), default=closed) if self._seen.open or self._seen.ready else math.inf
 
     def settled(self) -> float:
-        """As `Moment.settled`."""
-        return self.due() if self._seen.open or self._seen.ready is None else self._seen.ready.at + _DEBOUNCE
+        """As `Moment.settled`: what we did not see being closed, its writer's death may have closed.
+
+        Where no event tells of its being closed either, quiet stands in for that.
+        """
+        if self._seen.open:
+            return math.inf if self._seen.told else self._last + self._quiet
+        return self._seen.ready.at + LIVES_ON if self._seen.ready is not None else math.inf
 
     def begin(self) -> None:
         """As `Moment.begin`."""
@@ -250,19 +277,23 @@ class ReadyMoment:
         ready = self.must_be_closed(scan)
         complete = max((scan.files[path].stamp.ctime_ns for path in ready), default=-1)
         if seen.open or seen.ready is None:
-            # Its writer may not be done with it, or its events were lost: only quiet tells.
-            order, latest = self._count, (complete if quiet else -1)
-            heard = self._wall() - int(_ORDERED * 1e9)
+            order, told = self._count, quiet and complete < self._wall() - int(_ORDERED * 1e9)
         else:
-            # Within one tick of the kernel's clock only the order of events tells, and only once all have come.
-            told = quiet or (not seen.unsure and now >= seen.ready.at + _ORDERED)
-            order, latest, heard = seen.ready.order, (complete if told else complete - 1), seen.ready.wall_ns
-        times = {**scan.link_times, **{path: found.stamp.ctime_ns for path, found in scan.files.items()}}
+            ordered = not seen.unsure and now >= seen.ready.at + _ORDERED
+            order, told = seen.ready.order, (quiet or ordered) and complete <= seen.ready.wall_ns
+        # What has the ready file's own time came before it only if the order of events, or quiet, told so.
+        latest = complete if told else complete - 1
         return {
             path
-            for path, time in times.items()
-            if seen.order.get(path, 0) > order or time > (heard if path in ready else min(heard, latest))
+            for path, time in _change_times(scan).items()
+            if seen.order.get(path, 0) > order or (path not in ready and time > latest)
         }
+
+    def unheard(self, scan: TreeScan) -> set[str]:
+        """As `Moment.unheard`: after the ready file was closed; where we did not see that, after the last change."""
+        closed = None if self._seen.open else self._seen.ready
+        heard = self._heard_ns if closed is None else closed.wall_ns
+        return {path for path, time in _change_times(scan).items() if time > heard}
 
     def must_be_closed(self, scan: TreeScan) -> set[str]:
         """As `Moment.must_be_closed`: the ready files."""
@@ -275,6 +306,11 @@ class ReadyMoment:
         self._seen = _Seen(
             order={path: order for path, order in seen.order.items() if order > begun},
             ready=seen.ready if seen.ready is not None and seen.ready.order > begun else None,
-            open={path: at for path, at in seen.open.items() if at > self._begun_at},
+            open=(left := {path: at for path, at in seen.open.items() if at > self._begun_at}),
+            told=seen.told & left.keys(),
             unsure=seen.unsure if seen.unsure > begun else 0,
         )
+
+
+def _change_times(scan: TreeScan) -> dict[str, int]:
+    return {**scan.link_times, **{path: found.stamp.ctime_ns for path, found in scan.files.items()}}

@@ -100,15 +100,15 @@ class HeadWriter:
             TransientStoreError: It has not taken effect. The same write may be sent again: if both arrive, the second
                 finds another ETag.
             FencedError: Another write came, instead of ours or after it.
-            EarlierWriteError: One of ours did, that had been given up.
+            EarlierWriteError: One of ours did, that had been given up, and that is not what we write over.
         """
         found = await self._layout.read_head()
         mine = signed.writes[-1]
-        if found is not None and found[0].writes[-1] in self.unanswered - {mine}:
-            raise EarlierWriteError
         if found is not None and found[0].writes[-1] == mine:
             return Written(*found)
         if found is not None and (over is None or found[1] != over.etag):
+            if found[0].writes[-1] in self.unanswered:
+                raise EarlierWriteError
             raise fenced_by(self._layout, found[0], wrote=mine in found[0].writes)
         if found is None and over is not None:
             raise DamagedHeadError(str(self._layout.location), "its head was deleted while it was held")

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from heeler_sync.snapshot.chunks import Codec
 from heeler_sync.snapshot.head import Head
-from heeler_sync.snapshot.holder import Adoptable
+from heeler_sync.snapshot.known import Adoptable
 from heeler_sync.snapshot.manifest import Place
 from heeler_sync.snapshot.packs import Pack
 
