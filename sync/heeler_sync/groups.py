@@ -34,6 +34,26 @@ async def background(*tasks: Callable[[], Awaitable[object]]) -> AsyncIterator[N
 
 
 @asynccontextmanager
+async def spawning() -> AsyncIterator[Callable[[Callable[[], Awaitable[object]]], None]]:
+    """A block in which tasks can be started; they are cancelled when it ends, with errors as in `background`."""
+    started = False
+
+    def spawn(task: Callable[[], Awaitable[object]]) -> None:
+        nonlocal started
+        started = True
+        group.start_soon(_run, task)
+
+    try:
+        async with anyio.create_task_group() as group:
+            yield spawn
+            if started:  # a cancellation is dear, and most blocks have nothing to cancel
+                group.cancel_scope.cancel()
+    except BaseExceptionGroup as errors:
+        first = _first_leaf(errors)
+        raise first from (errors if len(errors.exceptions) > 1 else first.__cause__)
+
+
+@asynccontextmanager
 async def alongside(*tasks: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
     """Run `tasks` beside the block and wait for them when it ends; whichever fails first ends all and is raised."""
     try:

@@ -53,7 +53,11 @@ def run(world: World, *arguments: str, **environment: str) -> Said:
         (["--source", "local:q", "--control", "0.0.0.0:1"], "listens on loopback only"),
         (["--source", "local:q", "--control", "here"], "must be like 127.0.0.1:8642"),
         (["--source", "local:q", "--no-such-flag"], "--no-such-flag"),
-        (["--source", "local:q", "--", "python", "app.py"], "app mode"),
+        (["--source", "local:q", "--delivery", "command", "--", "python", "app.py"], "leave out the program"),
+        (["--source", "local:q", "--delivery", "app"], "who is the app?"),
+        (["--source", "local:q", "--app-url", "https://127.0.0.1"], "must be like http://127.0.0.1:8080"),
+        (["--source", "local:q", "--app-path", "jobs"], "a path that starts with /"),
+        (["--source", "local:q", "--concurrency", "2"], "--concurrency is for an app"),
         (["--source", "local:q", "--config", "no-such.toml"], "no-such.toml can't be read"),
     ],
 )

@@ -26,14 +26,12 @@ def test_the_two_commands_install_what_they_need_from_the_extras_and_ci_runs_the
     assert ".[test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def test_the_commands_of_the_first_job_run_as_they_stand(tmp_path: Path) -> None:
+def run_block(script: str, folder: Path) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = clean_environment(PATH=path, HEELER_STATE_DIR=str(tmp_path / "state"), HEELER_CONTROL="off")
-    scripts = blocks("sh")[1:]
-    assert len(scripts) == 1
+    env = clean_environment(PATH=path, HEELER_STATE_DIR=str(folder / "state"), HEELER_CONTROL="off")
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", scripts[0]],
-        cwd=tmp_path,
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
         env=env,
         capture_output=True,
         text=True,
@@ -41,8 +39,22 @@ def test_the_commands_of_the_first_job_run_as_they_stand(tmp_path: Path) -> None
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "working on first" in done.stdout
-    assert re.search(r"^first +done", done.stdout, re.MULTILINE)
+    return done.stdout
+
+
+def test_there_are_as_many_commands_as_are_run_here() -> None:
+    assert len(blocks("sh")) == 3
+
+
+def test_the_commands_of_the_first_job_run_as_they_stand(tmp_path: Path) -> None:
+    said = run_block(blocks("sh")[1], tmp_path)
+    assert "working on first" in said
+    assert re.search(r"^first +done", said, re.MULTILINE)
+
+
+def test_the_commands_of_the_http_app_run_as_they_stand(tmp_path: Path) -> None:
+    said = run_block(blocks("sh")[2], tmp_path)
+    assert re.search(r"^[0-9a-f]{16} +done", said, re.MULTILINE)
 
 
 def test_the_job_documents_in_readme_are_valid() -> None:

@@ -13,10 +13,11 @@ from typing import Any
 
 import anyio
 
-from heeler.app.base import Assignment
+from heeler.app.base import Assignment, GivenUp
 from heeler.checkpoints import Generation
 from heeler.drain import Drain
 from heeler.job import Ending, Job, Outcome, Result
+from heeler.scopes import Signal
 from heeler.sources.base import Lease, LeaseState, SourceUnavailableError, Verdict
 
 HANG = object()
@@ -50,6 +51,8 @@ class ScriptedLease:
         self.job = job or Job("job-1", b"{}")
         self.attempt = attempt
         self.attempts_ordered = True
+        self.spends_tries = False
+        self.heard: Callable[[], None] = lambda: None
         self.expires_after = expires_after
         self.answers = list(answers)
         self.settle_answers = list(settle_answers)
@@ -57,6 +60,9 @@ class ScriptedLease:
         self.progress: list[bool] = []
         self.settled: list[tuple[str, dict[str, Any]]] = []
         self.tries: list[float] = []
+
+    def listen(self, heard: Callable[[], None]) -> None:
+        self.heard = heard
 
     async def extend(self, *, progressed: bool = False) -> LeaseState:
         self.extended.append(anyio.current_time())
@@ -99,6 +105,13 @@ class ScriptedSource:
         self.received: list[float] = []
         self.reclaimed: list[str] = []
         self._verdict = verdict
+        self.paused: list[float] = []
+
+    async def run(self) -> None:
+        return
+
+    async def pause(self) -> None:
+        self.paused.append(anyio.current_time())
 
     async def receive(self, *, wait: float) -> Lease | None:
         self.received.append(anyio.current_time())
@@ -189,6 +202,33 @@ class ScriptedDelivery:
         self.stop_seconds = stop_seconds
         self.delivered: list[Assignment] = []
         self.cancelled = 0
+        self.can = anyio.Event()
+        self.can.set()
+        self.unready = Signal()
+        self.why_never: GivenUp | None = None
+
+    def set_available(self, available: bool) -> None:
+        """The app gets ready, or no longer is."""
+        if available:
+            self.unready = Signal()
+            self.can.set()
+        else:
+            self.can = anyio.Event()
+            self.unready.set()
+
+    async def run(self) -> None:
+        return
+
+    @property
+    def available(self) -> bool:
+        return self.can.is_set()
+
+    async def ready(self) -> bool:
+        await self.can.wait()
+        return self.why_never is None
+
+    def given_up(self) -> GivenUp | None:
+        return self.why_never
 
     async def deliver(self, assignment: Assignment, drain: Drain) -> Ending:
         self.delivered.append(assignment)

@@ -9,7 +9,7 @@ import pytest
 
 from heeler.job import InvalidJobError, Result
 from heeler.sources.base import Lease, SourceUnavailableError
-from heeler.sources.once import OnceSource
+from heeler.sources.once import OnceSource, once_of_document
 from tests.support.virtual_time import VIRTUAL
 
 pytestmark = pytest.mark.anyio
@@ -36,7 +36,7 @@ class Machine:
         self.now = 1_000_000.0
 
     def start(self, body: bytes = BODY) -> OnceSource:
-        return OnceSource(body, self.folder, clock=lambda: self.now)
+        return once_of_document(body, self.folder, clock=lambda: self.now)
 
 
 @pytest.fixture

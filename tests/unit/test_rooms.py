@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from heeler.config import Settings, load
-from heeler.files import JobFiles, JobFilesSettings
+from heeler.files import JobFilesSettings, job_files
+from heeler.folders import Files
 from heeler.job import InvalidJobError, Job
 from heeler.rooms import Rooms
 from heeler_sync.snapshot.index import MemoryIndex
@@ -75,14 +76,14 @@ def entry(path: str) -> dict[str, str]:
     return {"bucket": "bucket", "prefix": path.replace("/", "-"), "local_path": path}
 
 
-def open_files(settings: Settings, base: Path, sync: dict[str, Any]) -> JobFiles:
+def open_files(settings: Settings, base: Path, sync: dict[str, Any]) -> Files:
     def none(*_: object) -> Any:
         raise AssertionError
 
     body = json.dumps({"command": "true", "sync": sync}).encode()
     permit: Any = None
-    context = JobFilesSettings(settings, none, none, "worker", Fences(none), MemoryIndex(), NoUploads(), base)
-    return JobFiles(ScriptedLease(job=Job("job", body)), permit, context)
+    context = JobFilesSettings(settings, none, none, "worker", Fences(none), MemoryIndex(), NoUploads(), base=base)
+    return job_files(ScriptedLease(job=Job("job", body)), permit, context)
 
 
 def test_a_folder_inside_another_that_is_restored_is_refused_by_field(settings: Settings, base: Path) -> None:

@@ -24,27 +24,27 @@ Take = Callable[[], Awaitable[list[Generation]]]
 
 
 class Checkpoints:
-    """Passes a request on to the job that runs."""
+    """Passes a request on to the jobs that run."""
 
     def __init__(self) -> None:
-        self._take: Take | None = None
+        self._takes: list[Take] = []
 
     @contextmanager
     def taken_by(self, take: Take) -> Iterator[None]:
-        """While the block runs, `take` makes the checkpoints of the running job durable."""
-        self._take = take
+        """While the block runs, `take` makes the checkpoints of a running job durable."""
+        self._takes.append(take)
         try:
             yield
         finally:
-            self._take = None
+            self._takes.remove(take)
 
     async def take(self) -> list[Generation]:
-        """Make the running job's checkpoints durable as they are; its newest generations.
+        """Make the running jobs' checkpoints durable as they are; their newest generations.
 
         Raises:
             NoJobError: No program runs now.
             SyncError: They are being changed, or can't be stored.
         """
-        if self._take is None:
+        if not self._takes:
             raise NoJobError("no job is running here now")
-        return await self._take()
+        return [generation for take in [*self._takes] for generation in await take()]

@@ -35,14 +35,15 @@ def run(
     job: Annotated[
         Path | None, typer.Option("--job", metavar="FILE", help="One job, from a file: the source once.")
     ] = None,
-    program: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    program: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- PROGRAM ARGS...", help="An HTTP server to run; each job is one POST to it."),
+    ] = None,
 ) -> None:
     """Take jobs and run them, until told to stop."""
     from heeler.run import run_worker  # noqa: PLC0415 - imports what only a worker needs
 
-    if program:
-        raise UsageError("a program after -- (app mode) is not supported by this version yet: jobs name their command")
-    run_worker(configuration, job)
+    run_worker(configuration, job, program or ())
 
 
 @app.command()
@@ -56,10 +57,17 @@ def submit(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew: no checkpoint or result of an earlier run counts.")
     ] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="FILE is one message for an app (app mode), to be sent as it is.")
+    ] = False,
 ) -> None:
     """Put jobs into the queue and print their ids, one a line."""
     from heeler import desk  # noqa: PLC0415
 
+    if raw and fresh:
+        raise UsageError("--fresh changes a job document, and --raw sends a message as it is: leave one out")
+    if raw:
+        raise typer.Exit(desk.submit_message(configuration.settings.source, file, wait=wait))
     raise typer.Exit(desk.submit(configuration.settings.source, file, wait=wait, fresh=fresh))
 
 
@@ -132,6 +140,24 @@ def show_config(configuration: Configuration, json: _Json = False) -> None:
     from heeler import desk  # noqa: PLC0415
 
     desk.print_config(configuration, as_json=json)
+
+
+@app.command()
+def local(
+    port_base: Annotated[
+        int, typer.Option(metavar="PORT", min=0, max=65000, help="The first of some ports in a row; 0 takes free ones.")
+    ] = 0,
+    machines: Annotated[int, typer.Option(min=1, max=100, help="How many; each worker wants one of its own.")] = 1,
+    app_port: Annotated[int, typer.Option(min=1, max=65535, help="Where the app listens, for the Salad queue.")] = 8080,
+    app_path: Annotated[str, typer.Option(help="The path that jobs are POSTed to.")] = "/",
+    env_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the environment there, too; of machine 2 to FILE.2 ...")
+    ] = None,
+) -> None:
+    """Run S3, SQS and the Salad Job Queue on loopback, print the environment to use, and log each job."""
+    from heeler.local.serve import LocalOptions, run_local  # noqa: PLC0415
+
+    run_local(LocalOptions(port_base, machines, app_port, app_path, env_file))
 
 
 @app.command()

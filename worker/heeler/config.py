@@ -63,6 +63,19 @@ def _count(value: str) -> int:
     return number
 
 
+def _number(value: str) -> int:
+    number = int(value)
+    if number < 0:
+        raise ValueError
+    return number
+
+
+def _path(value: str) -> str:
+    if not value.startswith("/") or not value.isprintable() or " " in value or not value.isascii():
+        raise ValueError
+    return value
+
+
 def _flag(value: str) -> bool:
     return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[value.lower()]
 
@@ -88,6 +101,8 @@ _text.__doc__ = "a text"
 _seconds.__doc__ = "a number of seconds, 0 or more"
 _milliseconds.__doc__ = "a number of milliseconds, 0 or more"
 _count.__doc__ = "a whole number, 1 or more"
+_number.__doc__ = "a whole number, 0 or more"
+_path.__doc__ = "a path that starts with /"
 _flag.__doc__ = "true or false"
 _codes.__doc__ = "exit codes from 1 to 255, separated by commas"
 
@@ -121,8 +136,8 @@ def _setting(
 class Settings:
     """All settings. Times are in seconds."""
 
-    source: str | None = _setting(None, "where jobs come from: local:FOLDER or once")
-    job: str | None = _setting(None, "the job document of the source once (JSON)")
+    source: str | None = _setting(None, "where jobs come from: salad, local:FOLDER or once")
+    job: str | None = _setting(None, "the job document of the source once (JSON); for an app its message")
     max_jobs: int | None = _setting(None, "end after so many jobs", _count)
     exit_when_idle: float | None = _setting(None, "end after so many seconds without a job", _seconds)
     when_done: str = _setting("exit", "what to do when the work is done: exit, or stay idle", _choice("exit", "idle"))
@@ -136,6 +151,45 @@ class Settings:
     control: str = _setting("127.0.0.1:8642", "loopback address of the control API, or off; port 0 takes a free one")
     startup_timeout: float = _setting(60.0, "how long storage may be out of reach at the start", _seconds)
     log_format: str = _setting("auto", "auto (text on a terminal), json or text", _choice("auto", "json", "text"))
+    log_level: str = _setting(
+        "info",
+        "the least that is logged: debug, info, warn or error",
+        _choice("debug", "info", "warn", "error"),
+        aliases=("SALAD_LOG_LEVEL",),
+    )
+    delivery: str = _setting(
+        "auto",
+        "how jobs reach the program: app (a POST each) or command; auto is app with a program, --app-url or salad",
+        _choice("auto", "app", "command"),
+    )
+    concurrency: int = _setting(1, "how many jobs at a time", _count)
+    app_url: str | None = _setting(None, "where the app answers; the port that the program listens on if unset")
+    app_path: str = _setting("/", "the path to POST jobs to, where the queue names none", _path)
+    app_health_path: str | None = _setting(None, "a path that answers 2xx while the app can take a job", _path)
+    app_start_timeout: float = _setting(600.0, "how long the app may take to be ready", _seconds)
+    app_max_restarts: int = _setting(5, "end with the app's exit code after so many restarts without a job", _number)
+    app_silence: float = _setting(86400.0, "without a byte of an answer, before the app counts as hanging", _seconds)
+    app_timeout: float = _setting(604800.0, "the longest that one job may take in the app", _seconds)
+    app_answer_bytes: int = _setting(10 << 20, "the largest answer of the app, in bytes", _count)
+    app_tries: int = _setting(
+        3, "so often a transient failure is tried here before a try of the queue is spent", _count
+    )
+    salad_endpoint: str = _setting(
+        "job-queue-worker-api.salad.com:443", "host:port of the Salad Job Queue", aliases=("SALAD_SERVICE_ENDPOINT",)
+    )
+    salad_use_tls: bool = _setting(True, "talk TLS to it", _flag, aliases=("SALAD_SERVICE_USE_TLS",))
+    salad_silence: float = _setting(60.0, "without a heartbeat, before its stream counts as broken", _seconds)
+    metadata_uri: str = _setting(
+        "http://169.254.169.254:80", "the metadata service of SaladCloud's machines", aliases=("SALAD_METADATA_URI",)
+    )
+    max_job_failures: int | None = _setting(
+        None, "move to another machine after so many failures in a row", _count, aliases=("MAX_JOB_FAILURES",)
+    )
+    check_disk: int | None = _setting(None, "bytes that must be free in the job's folders at the start", _count)
+    check_uplink: int | None = _setting(None, "bytes a second that must reach the bucket at the start", _count)
+    check_downlink: int | None = _setting(None, "bytes a second that must come from it at the start", _count)
+    check_bucket: str | None = _setting(None, "s3://bucket/prefix/ for these two checks; else that of checkpoints")
+    check_command: str | None = _setting(None, "a command that exits with 0 on a fit machine, such as nvidia-smi")
     inputs: str | None = _setting(None, "s3://bucket/prefix/ downloaded before jobs that name no sync of their own")
     checkpoints: str | None = _setting(None, "s3://bucket/prefix/{job_id}/ restored before and kept during them")
     checkpoint_mode: str = _setting(

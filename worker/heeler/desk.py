@@ -6,7 +6,7 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 from heeler.config import Configuration, Settings
 from heeler.control import client
 from heeler.errors import UsageError
-from heeler.job import InvalidJobError
+from heeler.job import InvalidJobError, Result
 from heeler.sources import open_desk
 from heeler.sources.base import Desk, JobRecord
 
 _POLL_SECONDS = 0.2
+_BODY_SHOWN = 200
 _ENDED = {"done", "failed", "cancelled"}
 
 
@@ -47,6 +48,14 @@ def submit(source: str | None, file: str, *, wait: bool, fresh: bool) -> int:
     return _wait(desk, ids) if wait else 0
 
 
+def submit_message(source: str | None, file: str, *, wait: bool) -> int:
+    """Submit the bytes of `file` as one message for an app; as `submit` otherwise."""
+    desk = open_desk(source)
+    job_id = desk.submit_message(_read_bytes(file))
+    print(job_id, flush=True)
+    return _wait(desk, [job_id]) if wait else 0
+
+
 def _wait(desk: Desk, ids: Sequence[str]) -> int:
     left = set(ids)
     failed = False
@@ -68,9 +77,16 @@ def _name(file: str) -> str:
 
 def _read(file: str) -> str:
     try:
-        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{_name(file)} can't be read: {getattr(error, 'strerror', None) or error}") from None
+        return _read_bytes(file).decode()
+    except ValueError as error:
+        raise UsageError(f"{_name(file)} can't be read: {error}") from None
+
+
+def _read_bytes(file: str) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise UsageError(f"{_name(file)} can't be read: {error.strerror}") from None
 
 
 def split_documents(text: str) -> list[bytes]:
@@ -131,9 +147,20 @@ def _readable(record: JobRecord) -> Iterable[tuple[str, str]]:
         if name in ("created", "finished"):
             yield name, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value)) if value else ""
         elif name == "result":
-            yield name, " ".join(f"{key}={part}" for key, part in (value or {}).items() if part is not None)
+            yield name, _result_words(value or {})
         else:
             yield name, str(value)
+
+
+def _result_words(result: Mapping[str, Any]) -> str:
+    """A result in one line; of an app's answer its beginning, if it is text."""
+    shown = {name: part for name, part in result.items() if part is not None}
+    if "body" in shown:
+        body = Result.from_json(result).body
+        text = body[:_BODY_SHOWN].decode("utf-8", "replace")
+        whole = text.isprintable() and len(body) <= _BODY_SHOWN
+        shown["body"] = text if whole else f"{len(body)} bytes (--json has them, in base64)"
+    return " ".join(f"{name}={part}" for name, part in shown.items())
 
 
 def cancel(source: str | None, job_id: str) -> None:
@@ -174,7 +201,8 @@ def _print_runtime(runtime: dict[str, Any] | None) -> None:
     if runtime is None:
         print("runtime   none answers")
         return
-    job = f", job {runtime['job_id']} attempt {runtime['attempt']}" if runtime["job_id"] else ""
+    jobs = [f", job {job['job_id']} attempt {job['attempt']}" for job in runtime["jobs"]]
+    job = "".join(jobs)
     since = time.strftime("%H:%M:%S", time.localtime(runtime["since"]))
     print(f"runtime   {runtime['worker']} on {runtime['source']}")
     print(f"phase     {runtime['phase']} since {since}{job}{', draining' if runtime['draining'] else ''}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
+from contextlib import AbstractContextManager
 
 import anyio
+
+from heeler.scopes import Deadline, Signal
 
 _HURRIED_FLUSH_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0
@@ -19,45 +21,39 @@ class Drain:
         requested: Set when we are to stop.
         hurried: Set when whoever waits has lost patience.
         reason: Why, for people.
-        deadline: Clock of `anyio.current_time`; nothing goes on after it.
+        deadline: Nothing goes on after it.
     """
 
     def __init__(self, grace: float) -> None:
         """Args: the seconds from the request to the deadline."""
         self._grace = grace
-        self.requested = anyio.Event()
-        self.hurried = anyio.Event()
+        self.requested = Signal()
+        self.hurried = Signal()
         self.reason = ""
-        self.deadline = math.inf
+        self.deadline = Deadline()
 
     def begin(self, reason: str) -> bool:
         """Ask everybody to stop; whether this was the first time."""
         if self.requested.is_set():
             return False
         self.reason = reason
-        self.deadline = anyio.current_time() + self._grace - min(_EXIT_SECONDS, self._grace / 4)
+        self.deadline.move(anyio.current_time() + self._grace - min(_EXIT_SECONDS, self._grace / 4))
         self.requested.set()
         return True
 
     def hurry(self) -> None:
         """Kill the program now and leave only a few seconds for the flush."""
-        self.deadline = min(self.deadline, anyio.current_time() + _HURRIED_FLUSH_SECONDS)
+        self.deadline.move(anyio.current_time() + _HURRIED_FLUSH_SECONDS)
         self.hurried.set()
 
     def left(self) -> float:
         """Seconds to the deadline."""
-        return self.deadline - anyio.current_time()
+        return self.deadline.at - anyio.current_time()
 
-    async def over(self) -> None:
-        """Return at the deadline, which may move nearer; never without a request."""
-        await self._reached(0.0)
+    def until_over(self) -> AbstractContextManager[anyio.CancelScope]:
+        """Run the block until the deadline."""
+        return self.deadline.ends()
 
-    async def nearly_over(self) -> None:
-        """Return when only the time to tell the queue is left."""
-        await self._reached(_SETTLE_SECONDS)
-
-    async def _reached(self, before: float) -> None:
-        await self.requested.wait()
-        with anyio.move_on_after(max(0.0, self.left() - before)):
-            await self.hurried.wait()
-        await anyio.sleep(max(0.0, self.left() - before))
+    def until_nearly_over(self) -> AbstractContextManager[anyio.CancelScope]:
+        """Run the block until only the time to tell the queue is left."""
+        return self.deadline.ends(_SETTLE_SECONDS)

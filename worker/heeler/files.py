@@ -9,6 +9,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from pydantic import ValidationError
 
 from heeler.checkpoints import Generation
 from heeler.config import Settings
-from heeler.job import InvalidJobError, JobDocument, Result, SyncEntry, SyncSpec, first_fault
+from heeler.folders import Files, NoFolders
+from heeler.job import InvalidJobError, Job, Result, SyncEntry, SyncSpec, first_fault
+from heeler.message import Wanted, of_document
 from heeler.rooms import Rooms
 from heeler.sources.base import Lease
 from heeler_sync.errors import BadLocationError
@@ -36,6 +39,8 @@ SPOOL = "spool"
 """In the state folder: what waits for the uplink."""
 
 _JOB_ID = "{job_id}"
+_NOTHING = SyncSpec()
+_NO_PLAN = Plan((), (), ())
 _LEAST_RESERVE = 3.0
 _ASSUMED_UPLINK = 2 << 20
 """Bytes a second, until we have measured it: a modest home connection."""
@@ -53,6 +58,7 @@ class JobFilesSettings:
         fences: Knows which stores enforce conditions.
         index: Keeps what was read of files.
         uploads: The journal of what commits under way have uploaded.
+        read: What a job's message says of its folders.
         base: Relative local paths start here.
     """
 
@@ -63,24 +69,41 @@ class JobFilesSettings:
     fences: Fences
     index: FileIndex
     uploads: Uploads
+    read: Callable[[Job], Wanted] = of_document
     base: Path = field(default_factory=Path.cwd)
+
+    @cached_property
+    def default(self) -> SyncSpec:
+        """What jobs have that name no folders; raises `InvalidJobError`."""
+        return default_sync(self.settings)
+
+    @cached_property
+    def rooms(self) -> Rooms:
+        """Which folders jobs may have."""
+        return Rooms(self.settings, self.base)
+
+
+def job_files(lease: Lease, permit: Permit, context: JobFilesSettings) -> Files:
+    """A job's folders, worked out; nothing is touched yet.
+
+    Raises:
+        InvalidJobError: The message is no job document, or a folder or prefix in it can't be used.
+    """
+    wanted = context.read(lease.job)
+    plan = _plan(lease.job.id, wanted.sync, context)
+    if plan == _NO_PLAN:
+        return NoFolders(_environment(plan, lease.job.id, context.settings))
+    return JobFiles(lease, permit, wanted, plan, context)
 
 
 class JobFiles:
     """The folders of one attempt. Implements `heeler.folders.Files`."""
 
-    def __init__(self, lease: Lease, permit: Permit, context: JobFilesSettings) -> None:
-        """Work out the folders; nothing is touched yet.
-
-        Raises:
-            InvalidJobError: The message is no job document, or a folder or prefix in it can't be used.
-        """
+    def __init__(self, lease: Lease, permit: Permit, wanted: Wanted, plan: Plan, context: JobFilesSettings) -> None:
         job = lease.job
-        document = job.document()
         settings = context.settings
-        plan = _plan(job.id, document, context)
-        claim = Claim(job.id, document.run_id, lease.attempt, context.worker, lease.attempts_ordered)
-        self.environment = _environment(plan, settings)
+        claim = Claim(job.id, wanted.run_id, lease.attempt, context.worker, lease.attempts_ordered)
+        self.environment = _environment(plan, job.id, settings)
         self._session = Session(
             plan,
             context.stores,
@@ -148,11 +171,10 @@ class JobFiles:
         return self._session.progress.files_up + self._session.progress.generations
 
 
-def _plan(job_id: str, document: JobDocument, context: JobFilesSettings) -> Plan:
-    spec = document.sync
-    if spec == SyncSpec():
-        spec = default_sync(context.settings)
-    rooms = Rooms(context.settings, context.base)
+def _plan(job_id: str, spec: SyncSpec, context: JobFilesSettings) -> Plan:
+    if spec == _NOTHING:
+        spec = context.default
+    rooms = context.rooms
     before = _folders("before", spec.before, job_id, rooms)
     during = _folders("during", spec.during, job_id, rooms)
     restored = {folder.location for folder in before}
@@ -236,13 +258,17 @@ def _folder(where: str, entry: SyncEntry, job_id: str, rooms: Rooms) -> SyncFold
     return SyncFolder(place, path, pattern, snapshot=entry.mode == "snapshot", ready=entry.ready)
 
 
-def _environment(plan: Plan, settings: Settings) -> Mapping[str, str]:
+def _environment(plan: Plan, job_id: str, settings: Settings) -> Mapping[str, str]:
     """INPUT_DIR and its kin: the first folder of each part, else the folder of the settings."""
     during = {folder.path for folder in plan.during}
+
+    def own(folder: str) -> Path:
+        return Path(folder.replace(_JOB_ID, job_id))
+
     inputs = [folder.path for folder in plan.before if folder.path not in during]
     folders = {
-        "INPUT_DIR": next(iter(inputs), Path(settings.input_dir)),
-        "CHECKPOINT_DIR": next((folder.path for folder in plan.during), Path(settings.checkpoint_dir)),
-        "OUTPUT_DIR": next((folder.path for folder in plan.after), Path(settings.output_dir)),
+        "INPUT_DIR": next(iter(inputs), own(settings.input_dir)),
+        "CHECKPOINT_DIR": next((folder.path for folder in plan.during), own(settings.checkpoint_dir)),
+        "OUTPUT_DIR": next((folder.path for folder in plan.after), own(settings.output_dir)),
     }
     return {prefix + name: str(path) for name, path in folders.items() for prefix in ("", "HEELER_")}

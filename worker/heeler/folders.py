@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Protocol
 
 from heeler.checkpoints import Generation
 from heeler.job import Result
 from heeler.lease import LeaseKeeper
 from heeler.sources.base import Lease
+
+_LEAST_RESERVE = 3.0
 
 
 class Files(Protocol):
@@ -63,6 +65,50 @@ class Files(Protocol):
     def durable(self) -> int:
         """How much has become durable so far; it only grows."""
         ...
+
+
+class NoFolders:
+    """The files of a job that has none: there is nothing to do for it, and so it costs nothing."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment = environment
+
+    async def restore(self) -> None:
+        """As `Files.restore`."""
+
+    def watching(self) -> AbstractAsyncContextManager[None]:
+        """As `Files.watching`."""
+        return nullcontext()
+
+    def freeze(self) -> None:
+        """As `Files.freeze`."""
+
+    async def flush(self, *, whole: bool, result: Result | None) -> None:
+        """As `Files.flush`."""
+
+    async def publish(self) -> None:
+        """As `Files.publish`."""
+
+    async def complete(self, result: Result) -> None:
+        """As `Files.complete`."""
+
+    async def checkpoint(self) -> list[Generation]:
+        """As `Files.checkpoint`."""
+        return []
+
+    async def discard(self) -> None:
+        """As `Files.discard`."""
+
+    def close(self) -> None:
+        """As `Files.close`."""
+
+    async def reserve(self) -> float:
+        """As `Files.reserve`: the time to tell the queue."""
+        return _LEAST_RESERVE
+
+    def durable(self) -> int:
+        """As `Files.durable`."""
+        return 0
 
 
 OpenFiles = Callable[[Lease, LeaseKeeper], Files]

@@ -1,50 +1,34 @@
 """The loop: receive, restore, deliver, flush, settle. It knows protocols only; the supervisor wires them.
 
-One job at a time. While a job is ours, a keeper extends its lease; when the lease ends, whatever is going on is
-cancelled and nothing more is changed or reported. Nothing is reported done before its files are durable.
+Each lane has one job at a time. While a job is ours, a keeper extends its lease; when the lease ends, whatever is going
+on is cancelled and nothing more is changed or reported. Nothing is reported done before its files are durable.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
 import anyio
 
-from heeler.app.base import Assignment, Delivery
+from heeler.app.base import Delivery
+from heeler.attempt import Attempt
 from heeler.checkpoints import Checkpoints
 from heeler.drain import Drain
 from heeler.folders import Files, OpenFiles
-from heeler.job import Ending, InvalidJobError, Outcome, Result
+from heeler.job import Ending, InvalidJobError, Outcome
 from heeler.lease import LeaseKeeper
-from heeler.sources.base import Lease, LeaseLostError, LeaseState, Source, SourceUnavailableError
+from heeler.platform.failures import FailuresInARow
+from heeler.scopes import Doubling
+from heeler.settling import RETRY, Settling
+from heeler.sources.base import Lease, Source, SourceUnavailableError
 from heeler.status import Phase, Status
-from heeler.tasks import background
-from heeler_sync.errors import (
-    DamagedHeadError,
-    FencedError,
-    FinishedError,
-    FolderBusyError,
-    LocalFileError,
-    NoGenerationError,
-    PermanentStoreError,
-    PrefixTakenError,
-    SyncError,
-    UnfencedStoreError,
-    UnsafeKeyError,
-)
+from heeler.tasks import alongside
 
 _RECEIVE_SECONDS = 20.0
-_SETTLE_RETRY = (0.2, 5.0)
-_RELEASE_DELAY = 5.0
-_UNWIND_SECONDS = 0.3
-_LONGEST_DELAY = 300.0
-
-_FOR_GOOD = (UnsafeKeyError, PrefixTakenError, UnfencedStoreError, DamagedHeadError, NoGenerationError)
-"""Why a restore fails on every machine, until a person has mended something."""
+_HERE_AGAIN = (1.0, 30.0)
+_PAUSE_SECONDS = 5.0
 
 
 class Forwarder:
@@ -58,11 +42,14 @@ class Forwarder:
         drain: Drain,
         status: Status,
         checkpoints: Checkpoints | None = None,
+        failures: FailuresInARow | None = None,
         *,
         rng: random.Random,
         retry_delay: float = 2.0,
         max_jobs: int | None = None,
         exit_when_idle: float | None = None,
+        concurrency: int = 1,
+        tries: int = 1,
     ) -> None:
         """Args.
 
@@ -72,10 +59,13 @@ class Forwarder:
         drain: Tells when to stop.
         status: Told of all that happens.
         checkpoints: Told whose checkpoints may be asked for.
+        failures: Says when so many jobs failed here that no other is to be taken.
         rng: Where jitter comes from.
         retry_delay: Seconds before a failed job's second attempt; doubles with each.
         max_jobs: Stop after so many jobs.
         exit_when_idle: Stop after so many seconds without a job.
+        concurrency: How many jobs at a time.
+        tries: How often a job that failed for a passing reason is tried here before a try of the queue is spent.
         """
         self._source = source
         self._delivery = delivery
@@ -83,32 +73,65 @@ class Forwarder:
         self._drain = drain
         self._status = status
         self._checkpoints = checkpoints or Checkpoints()
+        self._failures = failures or FailuresInARow(None)
+        self._settling = Settling(drain, status, rng, retry_delay)
         self._rng = rng
-        self._retry_delay = retry_delay
-        self._max_jobs = max_jobs
+        self._left = max_jobs
         self._exit_when_idle = exit_when_idle
+        self._concurrency = concurrency
+        self._tries = tries
+        self._busy = 0
+        self._last_job = 0.0
 
     async def run(self) -> None:
-        """Take and handle jobs one after another; returns in a drain, at `max_jobs`, when idle or exhausted."""
-        handled = 0
-        while self._max_jobs is None or handled < self._max_jobs:
+        """Take and handle jobs; returns in a drain, at `max_jobs`, when idle or exhausted, or without a program."""
+        self._last_job = anyio.current_time()
+        if self._concurrency == 1:
+            await self._lane()
+            return
+        self._status.enter(Phase.RECEIVE)
+        async with alongside(*[self._shown_lane] * self._concurrency):
+            pass
+
+    async def _shown_lane(self) -> None:
+        with self._status.lane():
+            await self._lane()
+
+    async def _lane(self) -> None:
+        """One job after another."""
+        while self._failures.reason is None and self._take_slot():
             lease = await self._receive()
             if lease is None:
+                self._give_slot_back()
                 return
-            ending = await self._handle(lease)
-            handled += ending.outcome not in (Outcome.RELEASE, Outcome.LOST)
+            self._busy += 1
+            try:
+                ending = await self._handle(lease)
+            finally:
+                self._busy -= 1
+                self._last_job = anyio.current_time()
+            if ending.outcome in (Outcome.RELEASE, Outcome.LOST):
+                self._give_slot_back()
+
+    def _take_slot(self) -> bool:
+        if self._left is None:
+            return True
+        if self._left <= 0:
+            return False
+        self._left -= 1
+        return True
+
+    def _give_slot_back(self) -> None:
+        if self._left is not None:
+            self._left += 1
 
     async def _receive(self) -> Lease | None:
         """The next lease; None when there is to be no other."""
         self._status.enter(Phase.RECEIVE)
-        idle_until = None if self._exit_when_idle is None else anyio.current_time() + self._exit_when_idle
-        backoff = _Doubling(*_SETTLE_RETRY, self._rng)
-        while not self._drain.requested.is_set():
-            wait = _RECEIVE_SECONDS
-            if idle_until is not None:
-                wait = min(wait, max(0.0, idle_until - anyio.current_time()))
+        backoff = Doubling(*RETRY, self._rng)
+        while not self._drain.requested.is_set() and self._failures.reason is None:
             try:
-                lease = await self._receive_once(wait)
+                lease = await self._receive_once(self._patience())
             except SourceUnavailableError as error:
                 delay = backoff.next()
                 self._status.fault("queue_unreachable", error=str(error), retry_in=round(delay, 3))
@@ -117,206 +140,101 @@ class Forwarder:
                 continue
             if lease is not None:
                 return lease
-            if self._source.verdict() is not None:
+            if self._source.verdict() is not None or self._delivery.given_up() is not None:
                 return None
-            if idle_until is not None and anyio.current_time() >= idle_until:
+            if self._exit_when_idle is not None and self._idle_for() >= self._exit_when_idle:
                 self._status.event("idle", seconds=self._exit_when_idle)
                 return None
             backoff.reset()
         return None
 
+    def _patience(self) -> float:
+        """Seconds to wait for a job in one call."""
+        if self._exit_when_idle is None:
+            return _RECEIVE_SECONDS
+        return min(_RECEIVE_SECONDS, max(0.0, self._exit_when_idle - self._idle_for()))
+
+    def _idle_for(self) -> float:
+        return 0.0 if self._busy else anyio.current_time() - self._last_job
+
     async def _receive_once(self, wait: float) -> Lease | None:
-        """One call, ended by a drain. A lease that was taken all the same is returned and then handled as drained."""
+        """One call, while a job can be delivered; ended by a drain. A lease that was taken all the same is returned."""
         lease = None
-        with anyio.CancelScope() as scope:
-            async with background(partial(_cancel_after, self._drain.requested.wait, scope)):
+        with self._drain.requested.ends():
+            if not self._delivery.available:
+                await self._source.pause()
+                if not await self._delivery.ready():
+                    return None
+                self._last_job = anyio.current_time()  # before it was ready, nobody was idle
+            with self._delivery.unready.ends():
                 lease = await self._source.receive(wait=wait)
         return lease
 
     async def _handle(self, lease: Lease) -> Ending:
-        """One attempt from the lease to the queue's answer."""
+        """From the lease to the queue's answer."""
         self._status.take(lease.job.id, lease.attempt)
         keeper = LeaseKeeper(lease, self._keeper_event, rng=self._rng)
         try:
-            files = self._open_files(lease, keeper)
-        except InvalidJobError as error:
-            async with background(keeper.keep):
-                ending, _ = await self._settle(lease, keeper, Ending(Outcome.FAIL, str(error)))
-        else:
-            ending = await self._handle_files(lease, keeper, files)
-        self._status.drop()
-        return ending
-
-    async def _handle_files(self, lease: Lease, keeper: LeaseKeeper, files: Files) -> Ending:
-        keeper.durable = files.durable
-        worked = anyio.Event()
-        try:
-            async with background(keeper.keep, partial(self._release_late, lease, worked)):
-                ending = await self._attempt(lease, keeper, files)
-                worked.set()
-                if files.durable():
-                    ending = replace(ending, fruitless=False)
-                ending, told = await self._settle(lease, keeper, ending)
-            if told and ending.outcome is Outcome.DONE:
-                await files.discard()
+            async with alongside(keeper.keep):
+                try:
+                    ending = await self._try_here(lease, keeper)
+                finally:
+                    keeper.rest()
         finally:
-            files.close()
+            self._status.drop()
         return ending
-
-    async def _release_late(self, lease: Lease, worked: anyio.Event) -> None:
-        """Near the drain's deadline, hand the job back although a call to storage or disk does not end.
-
-        The process ends at the deadline, and the call with it.
-        """
-        await self._drain.nearly_over()
-        with anyio.move_on_after(_UNWIND_SECONDS):
-            await worked.wait()
-        if not worked.is_set():
-            self._status.fault("grace_over", error="a call to storage or disk does not end")
-            with suppress(LeaseLostError):  # then there is nothing to hand back
-                await self._tell(lease, Ending(Outcome.RELEASE, "the grace period was over before all was sent"))
 
     def _keeper_event(self, name: str, fields: dict[str, object]) -> None:
         wanted = name in ("cancelled", "lease_confirmed_again")
         (self._status.event if wanted else self._status.fault)(name, **fields)
 
-    async def _attempt(self, lease: Lease, keeper: LeaseKeeper, files: Files) -> Ending:
-        """Work until the attempt ends, the lease ends, or the drain leaves just enough time to tell the queue."""
-        ending = None
-        with anyio.CancelScope() as scope:
-            async with background(
-                partial(_cancel_after, keeper.ended.wait, scope),
-                partial(_cancel_after, self._drain.nearly_over, scope),
-            ):
-                ending = await self._work(lease, files)
-        if keeper.state is LeaseState.CANCELLED:
-            return Ending(Outcome.CANCELLED, "cancelled")
-        if keeper.state is LeaseState.LOST:
-            return Ending(Outcome.LOST, "another worker has it")
-        if ending is None:
-            self._status.fault("grace_over", unsent_seconds=round(await files.reserve(), 1))
-        return ending or Ending(Outcome.RELEASE, "the grace period was over before all was sent")
+    async def _try_here(self, lease: Lease, keeper: LeaseKeeper) -> Ending:
+        """Attempts on this machine, until one ends otherwise than by a passing fault or the tries are used up."""
+        tries = self._tries if lease.spends_tries else 1
+        backoff = Doubling(*_HERE_AGAIN, self._rng)
+        while True:
+            tries -= 1
+            try:
+                files = self._open_files(lease, keeper)
+            except InvalidJobError as error:
+                return await self._settle(lease, keeper, Ending(Outcome.FAIL, str(error)))
+            ending, settled = await self._with_files(lease, keeper, files, last=tries <= 0)
+            if settled:
+                return ending
+            with anyio.move_on_after(max(ending.delay, backoff.next())), keeper.ended.ends():
+                await self._drain.requested.wait()
 
-    async def _work(self, lease: Lease, files: Files) -> Ending:
+    async def _with_files(self, lease: Lease, keeper: LeaseKeeper, files: Files, *, last: bool) -> tuple[Ending, bool]:
+        """One attempt, and unless it is to be made again here (False), the queue's answer."""
+        keeper.durable = files.durable
+        worked = anyio.Event()
         try:
-            if not await self._restore(files):
-                return Ending(Outcome.RELEASE, "the worker was told to stop")
-        except FinishedError as finished:
-            return Ending(Outcome.DONE, "it was done already", Result.from_json(finished.result))
-        except FencedError as error:
-            return self._fenced(error)
-        except SyncError as error:
-            return self._restore_failed(error)
-        try:
-            ending = await self._run(lease, files)
-            if ending.outcome is Outcome.DONE:
-                await files.publish()
-                await files.complete(ending.result)
-        except FencedError as error:
-            return self._fenced(error)
-        except SyncError as error:
-            self._status.fault("upload_failed", error=str(error))
-            interrupted = self._drain.requested.is_set()
-            return Ending(Outcome.RELEASE if interrupted else Outcome.RETRY, f"its files can't be stored: {error}")
+            async with self._drain.requested.starts(partial(self._settling.release_late, lease, worked)):
+                attempt = Attempt(lease, keeper, files, self._delivery, self._drain, self._status, self._checkpoints)
+                ending = await attempt.run()
+                worked.set()
+                if ending.transient and not last and not self._drain.requested.is_set():
+                    self._status.fault("tried_again_here", error=ending.reason)
+                    return ending, False
+                if files.durable():
+                    ending = replace(ending, fruitless=False)
+                return await self._settle(lease, keeper, ending, files), True
+        finally:
+            files.close()
+
+    async def _settle(self, lease: Lease, keeper: LeaseKeeper, ending: Ending, files: Files | None = None) -> Ending:
+        if not self._goes_on(ending):
+            with anyio.move_on_after(_PAUSE_SECONDS):
+                await self._source.pause()
+        ending, told = await self._settling.settle(lease, keeper, ending)
+        keeper.rest()  # an extension now would find a lease that is settled
+        self._failures.settled(ending)
+        if told and ending.outcome is Outcome.DONE and files is not None:
+            await files.discard()
         return ending
 
-    async def _restore(self, files: Files) -> bool:
-        """Whether the folders are ready; a drain ends it early, since nothing is lost by that."""
-        self._status.enter(Phase.RESTORE)
-        ready = False
-        with anyio.CancelScope() as scope:
-            async with background(partial(_cancel_after, self._drain.requested.wait, scope)):
-                await files.restore()
-                ready = True
-        return ready and not self._drain.requested.is_set()
-
-    def _fenced(self, error: FencedError) -> Ending:
-        """Storage knows before us: another worker has the job."""
-        self._status.fault("fenced", error=str(error), holder=error.holder, epoch=error.epoch)
-        return Ending(Outcome.LOST, "another worker has it")
-
-    def _restore_failed(self, error: SyncError) -> Ending:
-        """Never "start from zero": the job's own fault fails it, the machine's sends it elsewhere."""
-        self._status.fault("restore_failed", error=str(error))
-        if isinstance(error, _FOR_GOOD):
-            return Ending(Outcome.FAIL, str(error))
-        if isinstance(error, LocalFileError) or not isinstance(error, PermanentStoreError):
-            fruitless = not isinstance(error, FolderBusyError)
-            reason = f"its files can't be restored here: {error}"
-            return Ending(Outcome.RELEASE, reason, delay=_RELEASE_DELAY, fruitless=fruitless)
-        return Ending(Outcome.RETRY, f"its files can't be restored: {error}")
-
-    async def _run(self, lease: Lease, files: Files) -> Ending:
-        async with files.watching():
-            self._status.enter(Phase.RUN)
-            assignment = Assignment(lease.job, lease.attempt, files.environment, files.reserve, files.freeze)
-            with self._checkpoints.taken_by(files.checkpoint):
-                ending = await self._delivery.deliver(assignment, self._drain)
-            self._status.enter(Phase.UPLOAD)
-            await files.flush(whole=ending.whole, result=ending.result if ending.outcome is Outcome.DONE else None)
-        return ending
-
-    async def _settle(self, lease: Lease, keeper: LeaseKeeper, ending: Ending) -> tuple[Ending, bool]:
-        """Tell the queue, as often as it takes while the job is ours and our time is not over.
-
-        Returns:
-            What became of the job, which may be that it was lost, and whether the queue knows.
-        """
-        self._status.enter(Phase.SETTLE)
-        if ending.outcome is Outcome.RETRY:
-            delay = min(_LONGEST_DELAY, self._retry_delay * 2.0 ** min(lease.attempt - 1, 20))
-            ending = replace(ending, delay=delay * self._rng.uniform(0.5, 1.0))
-        told = False
-        backoff = _Doubling(*_SETTLE_RETRY, self._rng)
-        with anyio.CancelScope() as scope:
-            async with background(
-                partial(_cancel_after, keeper.ended.wait, scope), partial(_cancel_after, self._drain.over, scope)
-            ):
-                try:
-                    while not (told := await self._tell(lease, ending)):  # noqa: ASYNC110 - a retry, not a poll
-                        await anyio.sleep(backoff.next())
-                except LeaseLostError as error:
-                    self._status.fault("lease_lost", error=str(error))
-                    ending, told = Ending(Outcome.LOST, "another worker has it"), True
-        self._status.settled(ending, told=told)
-        return ending, told
-
-    async def _tell(self, lease: Lease, ending: Ending) -> bool:
-        if ending.outcome in (Outcome.LOST, Outcome.CANCELLED):
-            return True
-        reason = self._status.clean(ending.reason)
-        try:
-            if ending.outcome is Outcome.DONE:
-                await lease.complete(ending.result)
-            elif ending.outcome is Outcome.RETRY:
-                await lease.retry(reason, result=ending.result, delay=ending.delay)
-            elif ending.outcome is Outcome.FAIL:
-                await lease.fail(reason, result=ending.result)
-            else:
-                await lease.release(reason, delay=ending.delay, fruitless=ending.fruitless)
-        except SourceUnavailableError as error:
-            self._status.fault("queue_unreachable", error=str(error))
-            return False
-        return True
-
-
-class _Doubling:
-    """Delays that double from `first` to `longest`, with jitter."""
-
-    def __init__(self, first: float, longest: float, rng: random.Random) -> None:
-        self._first = first
-        self._longest = longest
-        self._rng = rng
-        self._next = first
-
-    def next(self) -> float:
-        delay, self._next = self._next, min(self._longest, self._next * 2)
-        return delay * self._rng.uniform(0.5, 1.0)
-
-    def reset(self) -> None:
-        self._next = self._first
-
-
-async def _cancel_after(happens: Callable[[], Awaitable[object]], scope: anyio.CancelScope) -> None:
-    await happens()
-    scope.cancel()
+    def _goes_on(self, ending: Ending) -> bool:
+        """Whether another job is wanted after this one."""
+        counted = ending.outcome not in (Outcome.RELEASE, Outcome.LOST)
+        over = self._failures.enough_with(ending) or (counted and self._left is not None and self._left <= 0)
+        return not over and not self._drain.requested.is_set() and self._delivery.available

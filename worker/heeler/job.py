@@ -6,6 +6,7 @@ mode they go to the program as they are.
 
 from __future__ import annotations
 
+import base64
 import enum
 import json
 import re
@@ -228,16 +229,28 @@ def first_fault(error: ValidationError) -> InvalidJobError:
 
 
 @dataclass(frozen=True)
+class Target:
+    """Where on this machine the queue wants a job to be delivered: the app's port, and the path to POST to."""
+
+    port: int
+    path: str
+
+
+@dataclass(frozen=True)
 class Job:
     """One message of a queue.
 
     Attributes:
         id: Unique in its queue; safe in keys and paths.
         body: The message as it came.
+        target: Where to deliver it, if the queue says so.
+        headers: What the queue's own worker would tell the app besides, by name.
     """
 
     id: str
     body: bytes
+    target: Target | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def document(self) -> JobDocument:
         """The job document in it; raises `InvalidJobError`, also for an id that can't stand in keys and paths."""
@@ -265,25 +278,39 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True)
 class Result:
-    """What a program left behind when it ended.
+    """What a program left behind when it ended, or what an app answered.
 
     Attributes:
         exit_code: Of a command that exited by itself.
         signal: The number of the signal that killed it.
+        status: The HTTP status of an app's answer; None if it gave none.
+        body: The answer's body, byte for byte.
     """
 
     exit_code: int | None = None
     signal: int | None = None
+    status: int | None = None
+    body: bytes = field(default=b"", repr=False)
 
-    def as_json(self) -> dict[str, int | None]:
-        """As it is kept in queues, in heads, and shown to people."""
-        return {"exit_code": self.exit_code, "signal": self.signal}
+    def as_json(self) -> dict[str, int | str | None]:
+        """As it is kept in queues, in heads, and shown to people; the body in base64."""
+        if self.status is None:
+            return {"exit_code": self.exit_code, "signal": self.signal}
+        return {"status": self.status, "body": base64.b64encode(self.body).decode("ascii")}
+
+    def facts(self) -> dict[str, int | None]:
+        """What a log may say of it: never the body, which is the user's and may be large."""
+        if self.status is None:
+            return {"exit_code": self.exit_code, "signal": self.signal}
+        return {"status": self.status, "bytes": len(self.body)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Result:
         """The result in what `as_json` gave; what is not there, or of another kind, is None."""
-        found = {name: data.get(name) for name in ("exit_code", "signal")}
-        return cls(**{name: value if isinstance(value, int) else None for name, value in found.items()})
+        found = {name: data.get(name) for name in ("exit_code", "signal", "status")}
+        numbers = {name: value if isinstance(value, int) else None for name, value in found.items()}
+        body = data.get("body")
+        return cls(**numbers, body=base64.b64decode(body) if isinstance(body, str) else b"")
 
 
 @dataclass(frozen=True)
@@ -298,6 +325,7 @@ class Ending:
         delay: Seconds that the job should rest before the next attempt.
         fruitless: Of a `RELEASE`: nobody told us to stop. Too many of these in a row, with nothing made durable
             meanwhile, fail the job.
+        transient: Of a `RETRY`: the same attempt may succeed here in a moment (no connection, 503, a crash).
     """
 
     outcome: Outcome
@@ -306,3 +334,4 @@ class Ending:
     whole: bool = False
     delay: float = 0.0
     fruitless: bool = False
+    transient: bool = False

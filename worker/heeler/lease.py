@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import anyio
 
+from heeler.scopes import Signal
 from heeler.sources.base import Lease, LeaseState, SourceUnavailableError
 
 EventSink = Callable[[str, dict[str, object]], None]
@@ -59,12 +60,14 @@ class LeaseKeeper:
         self._told_durable = 0
         self._confirmed_until = clock() + lease.expires_after
         self._lapsed = False
+        self._settled = False
+        self._call: anyio.CancelScope | None = None
         self._failures = 0
         self._doubts = 0
         self._asked = anyio.Event()
         self._answered = anyio.Event()
         self.state = LeaseState.HELD
-        self.ended = anyio.Event()
+        self.ended = Signal()
 
     @property
     def confirmed(self) -> bool:
@@ -76,16 +79,27 @@ class LeaseKeeper:
         return self.confirmed
 
     async def keep(self) -> None:
-        """Extend until the lease is lost or cancelled, or until cancelled."""
-        while True:
+        """Extend until the lease is lost or cancelled, or its settlement told by `rest`."""
+        self._lease.listen(self._ask)
+        while self.state is LeaseState.HELD:
             with anyio.move_on_after(self._pause()):
                 await self._asked.wait()
+            if self._settled:
+                return
             self._asked = anyio.Event()
             await self._extend()
-            if self.state is not LeaseState.HELD:
-                self._on_event("cancelled" if self.state is LeaseState.CANCELLED else "lease_lost", {})
-                self.ended.set()
-                return
+        self._on_event("cancelled" if self.state is LeaseState.CANCELLED else "lease_lost", {})
+        self.ended.set()
+
+    def rest(self) -> None:
+        """The queue has had our answer: there is nothing to extend any more."""
+        self._settled = True
+        self._ask()
+        if self._call is not None:
+            self._call.cancel()
+
+    def _ask(self) -> None:
+        self._asked.set()
 
     async def wait(self) -> None:
         """The permit: return once the lease is certain. Never returns after it ended."""
@@ -112,10 +126,14 @@ class LeaseKeeper:
         durable = self.durable()
         doubts = self._doubts
         try:
-            with anyio.fail_after(max(1.0, min(_LONGEST_CALL, self._lease.expires_after / 3))):
+            with anyio.fail_after(max(1.0, min(_LONGEST_CALL, self._lease.expires_after / 3))) as self._call:
                 state = await self._lease.extend(progressed=durable > self._told_durable)
         except (SourceUnavailableError, TimeoutError) as error:
             self._note_failure(str(error) or "no answer in time")
+            return
+        finally:
+            self._call = None
+        if self._settled:
             return
         self.state = state
         self._failures = 0

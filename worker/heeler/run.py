@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from heeler.memory import share_freed_memory
 from heeler.supervisor import supervise
 
 
-def run_worker(configuration: Configuration, job_file: Path | None) -> NoReturn:
+def run_worker(configuration: Configuration, job_file: Path | None, program: Sequence[str] = ()) -> NoReturn:
     """Run a worker and exit with its code; one that can't start says why in one line.
 
     Raises:
@@ -29,8 +30,9 @@ def run_worker(configuration: Configuration, job_file: Path | None) -> NoReturn:
         configuration = _with_job(configuration, job_file)
     share_freed_memory()
     try:
-        with logging_to(sys.stderr, configuration.settings.log_format, configuration.secrets()) as log:
-            code = _supervise(configuration, log)
+        settings = configuration.settings
+        with logging_to(sys.stderr, settings.log_format, configuration.secrets(), settings.log_level) as log:
+            code = _supervise(configuration, program, log)
     except HeelerError as error:
         sys.stderr.write(f"heeler: {error}\n")
         sys.stderr.flush()
@@ -40,9 +42,9 @@ def run_worker(configuration: Configuration, job_file: Path | None) -> NoReturn:
     os._exit(code)
 
 
-def _supervise(configuration: Configuration, log: Logger) -> int:
+def _supervise(configuration: Configuration, program: Sequence[str], log: Logger) -> int:
     try:
-        return anyio.run(supervise, configuration, log, partial(_leave, log))
+        return anyio.run(supervise, configuration, program, log, partial(_leave, log))
     except HeelerError:
         raise
     except Exception as error:  # noqa: BLE001 - the last place that can say what happened

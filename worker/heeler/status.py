@@ -10,7 +10,10 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from heeler.job import Ending
@@ -33,6 +36,33 @@ class Phase(enum.Enum):
     END = "end"
 
 
+@dataclass
+class Lane:
+    """One job at a time: a worker has as many lanes as jobs at once.
+
+    Attributes:
+        phase: Where it is.
+        since: When it got there, seconds since 1970.
+        job_id: Its job, if it has one.
+        attempt: Which delivery of it.
+        checkpoint: The newest generation of the job's checkpoint.
+    """
+
+    phase: Phase = Phase.START
+    since: float = field(default_factory=time.time)
+    job_id: str | None = None
+    attempt: int = 0
+    checkpoint: dict[str, Any] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """As the status shows it."""
+        return asdict(self) | {"phase": self.phase.value}
+
+
+_lane: ContextVar[Lane | None] = ContextVar("lane", default=None)
+"""Whose job it is that a task, a thread of it or a task that it started speaks of."""
+
+
 class Status:
     """The state that people and metrics see. Written from the event loop and from worker threads."""
 
@@ -43,16 +73,52 @@ class Status:
         self._lock = threading.Lock()
         self.worker = worker
         self.source = self.clean(source)
-        self.phase = Phase.START
-        self.job_id: str | None = None
-        self.attempt = 0
-        self.since = time.time()
+        self._lanes = [Lane()]
         self.draining = False
         self.unfenced = False
-        self.checkpoint: dict[str, Any] | None = None
         self.outcomes: Counter[str] = Counter()
         self.events: Counter[str] = Counter()
         self.faults: deque[dict[str, Any]] = deque(maxlen=_FAULTS_KEPT)
+        self.on_change: list[Callable[[], None]] = []
+        """Called on the event loop when the phase or the job has changed."""
+
+    @contextmanager
+    def lane(self) -> Iterator[None]:
+        """What this task says in the block, and all that it starts there, is of one job at a time of several."""
+        lane = Lane()
+        self._lanes.append(lane)
+        token = _lane.set(lane)
+        try:
+            yield
+        finally:
+            _lane.reset(token)
+            self._lanes.remove(lane)
+
+    @property
+    def _current(self) -> Lane:
+        """The lane that is spoken of; for all others, the first with a job."""
+        busy = (lane for lane in self._lanes if lane.job_id is not None)
+        return _lane.get() or next(busy, self._lanes[0])
+
+    @property
+    def phase(self) -> Phase:
+        """Where the worker is with its job."""
+        return self._current.phase
+
+    @property
+    def job_id(self) -> str | None:
+        """The job, if there is one."""
+        return self._current.job_id
+
+    @property
+    def attempt(self) -> int:
+        """Which delivery of it."""
+        return self._current.attempt
+
+    @property
+    def checkpoint(self) -> dict[str, Any] | None:
+        """The newest generation of its checkpoint."""
+        return self._current.checkpoint
 
     def clean(self, text: str) -> str:
         """The text as it may be shown and kept: without secrets, and of characters that any encoding has."""
@@ -81,20 +147,23 @@ class Status:
 
     def enter(self, phase: Phase) -> None:
         """The worker goes on to another phase."""
-        self.phase = phase
-        self.since = time.time()
+        lane = _lane.get() or self._lanes[0]
+        lane.phase, lane.since = phase, time.time()
         self.event("phase", phase=phase.value)
+        self._changed()
 
     def take(self, job_id: str, attempt: int) -> None:
         """A job was received."""
-        self.job_id, self.attempt = self.clean(job_id), attempt
+        lane = _lane.get() or self._lanes[0]
+        lane.job_id, lane.attempt = self.clean(job_id), attempt
         self.event("job_received", attempt=attempt)
+        self._changed()
 
     def settled(self, ending: Ending, *, told: bool) -> None:
         """An attempt ended, and the queue was `told` or could not be."""
         outcome = ending.outcome.value
         self.outcomes[outcome] += 1
-        fields = {"outcome": outcome, "reason": ending.reason, "told": told, **ending.result.as_json()}
+        fields = {"outcome": outcome, "reason": ending.reason, "told": told, **ending.result.facts()}
         if ending.outcome.value in ("done", "release", "cancelled") and told:
             self.event("job_settled", **fields)
         else:
@@ -103,12 +172,18 @@ class Status:
     def committed(self, fields: Mapping[str, object]) -> None:
         """A generation of the job's checkpoint is in storage."""
         shown = {name: fields[name] for name in ("generation", "files", "bytes")}
-        self.checkpoint = {**shown, "time": time.time()}
+        self._current.checkpoint = {**shown, "time": time.time()}
         self.event("committed", **fields)
 
     def drop(self) -> None:
         """The job is no longer ours to speak of."""
-        self.job_id, self.attempt, self.checkpoint = None, 0, None
+        lane = _lane.get() or self._lanes[0]
+        lane.job_id, lane.attempt, lane.checkpoint = None, 0, None
+        self._changed()
+
+    def _changed(self) -> None:
+        for listener in self.on_change:
+            listener()
 
     def _tell(self, level: str, name: str, fields: dict[str, object]) -> None:
         with self._lock:
@@ -123,12 +198,9 @@ class Status:
             return {
                 "worker": self.worker,
                 "source": self.source,
-                "phase": self.phase.value,
-                "since": self.since,
+                **self._current.as_json(),
+                "jobs": [lane.as_json() for lane in self._lanes if lane.job_id is not None],
                 "draining": self.draining,
-                "job_id": self.job_id,
-                "attempt": self.attempt,
-                "checkpoint": self.checkpoint,
                 "unfenced": self.unfenced,
                 "outcomes": dict(self.outcomes),
                 "events": dict(self.events),

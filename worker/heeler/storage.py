@@ -15,7 +15,6 @@ from heeler.job import InvalidJobError
 from heeler_sync.errors import StoreError, SyncError, TransientStoreError
 from heeler_sync.store.base import ObjectStore
 from heeler_sync.store.retry import RetryPolicy, retrying
-from heeler_sync.store.s3 import Endpoint, S3ObjectStore
 
 
 def stores(settings: Settings) -> Callable[[str], ObjectStore]:
@@ -34,8 +33,19 @@ def stores(settings: Settings) -> Callable[[str], ObjectStore]:
         raise UsageError(f"the storage endpoint is {url!r}, but must be like https://ACCOUNT.r2.cloudflarestorage.com")
     if (settings.s3_access_key_id is None) != (settings.s3_secret_access_key is None):
         raise UsageError("of the storage's access key and secret key only one is set; set both (or neither)")
+
+    @cache
+    def store(bucket: str) -> ObjectStore:
+        return _open(settings, bucket)
+
+    return store
+
+
+def _open(settings: Settings, bucket: str) -> ObjectStore:
+    from heeler_sync.store.s3 import Endpoint, S3ObjectStore  # noqa: PLC0415 - 19 MB, for those who have a bucket
+
     endpoint = Endpoint(
-        url=url,
+        url=settings.s3_endpoint,
         region=settings.s3_region,
         access_key_id=settings.s3_access_key_id,
         secret_access_key=settings.s3_secret_access_key,
@@ -43,12 +53,7 @@ def stores(settings: Settings) -> Callable[[str], ObjectStore]:
         provider=settings.s3_provider,
         no_progress=settings.s3_timeout,
     )
-
-    @cache
-    def store(bucket: str) -> ObjectStore:
-        return S3ObjectStore(bucket, endpoint)
-
-    return store
+    return S3ObjectStore(bucket, endpoint)
 
 
 def _is_endpoint(url: str) -> bool:

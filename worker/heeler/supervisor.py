@@ -7,12 +7,11 @@ the control API answers until the last job is handed back.
 from __future__ import annotations
 
 import os
-import random
 import secrets
 import shutil
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -21,56 +20,43 @@ import anyio
 import anyio.to_thread
 
 from heeler import signals
-from heeler.app.command import CommandDelivery, CommandSettings
+from heeler.app.base import GivenUp
 from heeler.app.processes import OrphanReaper, become_reaper
+from heeler.assembly import is_app_mode, make_delivery, make_forwarder, program_environment
 from heeler.checkpoints import Checkpoints
-from heeler.config import Configuration, Settings, environment_name, secret_names
+from heeler.config import Configuration, Settings
 from heeler.control import CONTROL_VARIABLE, url_of
 from heeler.drain import Drain
-from heeler.files import SPOOL, JobFiles, JobFilesSettings
+from heeler.errors import UnavailableError
+from heeler.files import SPOOL
 from heeler.forwarder import Forwarder
 from heeler.journal import Journal
-from heeler.lease import LeaseKeeper
 from heeler.log import Logger
-from heeler.sources import SourceRequest, open_source
-from heeler.sources.base import Lease, Source, SourceUnavailableError
+from heeler.platform.checks import check_machine
+from heeler.platform.deletion import DeletionCost
+from heeler.platform.failures import FailuresInARow
+from heeler.platform.imds import Imds, find_imds
+from heeler.platform.moving import leave_machine
+from heeler.sources import SourceRequest, guess_source, open_source
+from heeler.sources.base import Source, SourceUnavailableError, Verdict
 from heeler.status import Phase, Status
 from heeler.storage import check, stores
 from heeler.tasks import background
-from heeler_sync.snapshot.session import Fences
 
 T = TypeVar("T")
 
 _REAP_SECONDS = 5.0
 _LAST_SECONDS = 0.2
 
-_FAULTS = {
-    "checkpoint_never_settles",
-    "collect_failed",
-    "commit_failed",
-    "delete_refused",
-    "delete_retried",
-    "file_left_out",
-    "file_never_settles",
-    "folder_replaced",
-    "generation_damaged",
-    "object_replaced",
-    "scan_failed",
-    "storage_retried",
-    "unfenced",
-    "uplink_too_slow",
-    "upload_refused",
-    "upload_retried",
-    "watch_unavailable",
-}
-"""Those of `heeler_sync`'s events that are faults."""
 
-
-async def supervise(configuration: Configuration, log: Logger, leave: Callable[[], NoReturn]) -> int:
+async def supervise(
+    configuration: Configuration, program: Sequence[str], log: Logger, leave: Callable[[], NoReturn]
+) -> int:
     """Run until the work is done or we are told to stop; the exit code (DESIGN 3).
 
     Args:
         configuration: All settings.
+        program: The user's app and its arguments, if it is ours to run.
         log: Where events go.
         leave: Ends the process at once with 0, at a drain's deadline, when a call that hangs keeps us from it.
 
@@ -78,139 +64,182 @@ async def supervise(configuration: Configuration, log: Logger, leave: Callable[[
         HeelerError: It can't even start.
     """
     settings = configuration.settings
-    state_dir = settings.state_path
     drain = Drain(settings.stop_grace)
     # No other worker, past or present, has the same name: what a dead one holds is found by it.
     worker = f"{socket.gethostname()}:{os.getpid()}-{secrets.token_hex(2)}"
-    journal = Journal(state_dir)
+    status = Status(log, worker=worker, source=settings.source or "", mask=log.masked)
+    spec = settings.source or guess_source(os.environ, settings)
+    app = tuple(program) if is_app_mode(settings, (spec or "").partition(":")[0], program) else None
+    journal = Journal(settings.state_path)
     try:
+        imds = find_imds(
+            settings.metadata_uri,
+            os.environ,
+            uri_given=configuration.origins["metadata_uri"] != "default",
+            on_event=status.event,
+            on_gone=drain.begin,
+            clean=status.clean,
+        )
         job = settings.job.encode() if settings.job is not None else None
-        source = open_source(SourceRequest(settings.source, worker, state_dir, job))
+        request = SourceRequest(spec, worker, settings.state_path, job, settings, imds, app is not None, status.fault)
+        source = open_source(request)
+        status.source = status.clean(source.name)
+        if settings.source is None:
+            status.event("source_guessed", source=source.name)
+        runtime = _Runtime(configuration, app, source, imds, status, drain, journal)
         try:
-            status = Status(log, worker=worker, source=source.name, mask=log.masked)
             async with background(partial(_leave_at_deadline, drain, status, leave)):
-                return await _run(configuration, source, status, drain, journal)
+                return await runtime.run()
             raise AssertionError("background swallows nothing")
         finally:
             with anyio.CancelScope(shield=True):
                 await source.aclose()
+                if imds is not None:
+                    imds.close()
     finally:
         journal.close()
 
 
-async def _run(configuration: Configuration, source: Source, status: Status, drain: Drain, journal: Journal) -> int:
-    settings = configuration.settings
-    checkpoints = Checkpoints()
-    listener = _listener(settings)
-    control = [] if listener is None else [partial(_serve, listener, status, drain, checkpoints, settings.state_path)]
-    environment = program_environment(os.environ, configuration_secrets(settings), scrub=settings.scrub_env)
-    if listener is not None:
-        environment[CONTROL_VARIABLE] = url_of(listener)
-    status.event("started", source=source.name, version=_version(), state_dir=settings.state_dir)
-    become_reaper()
-    journal.on_fault = status.fault
-    leftovers = await anyio.to_thread.run_sync(journal.end_leftovers)
-    if leftovers:
-        status.fault("leftover_processes_killed", count=leftovers)
-    await _succeed(journal, source, status)
-    # Packs that an earlier runtime had waiting for its uplink: the adopted ones are in storage.
-    await anyio.to_thread.run_sync(partial(shutil.rmtree, settings.state_path / SPOOL, ignore_errors=True))
-    async with background(
-        partial(_take_signals, drain, status), partial(_announce_drain, drain, status), _reap, *control
-    ):
-        make = partial(_forwarder, settings, source, status, drain, journal, checkpoints, environment)
-        forwarder = await _until_drained(drain, make)
-        if forwarder is not None:
-            await forwarder.run()
-        status.enter(Phase.END)
-        if settings.when_done == "idle":
-            await drain.requested.wait()
-    if drain.requested.is_set():
-        status.event("stopped", reason=drain.reason)
-        return 0
-    verdict = source.verdict()
-    if verdict is None:
-        return 0
-    tell = status.event if verdict.exit_code == 0 else status.fault
-    tell("no_more_jobs", reason=verdict.reason, exit_code=verdict.exit_code)
-    return verdict.exit_code
+class _Runtime:
+    """One run of the runtime, with all that it is made of."""
 
+    def __init__(
+        self,
+        configuration: Configuration,
+        app: Sequence[str] | None,
+        source: Source,
+        imds: Imds | None,
+        status: Status,
+        drain: Drain,
+        journal: Journal,
+    ) -> None:
+        settings = configuration.settings
+        self._settings = settings
+        self._source = source
+        self._imds = imds
+        self._status = status
+        self._drain = drain
+        self._journal = journal
+        self._app_mode = app is not None
+        self._checkpoints = Checkpoints()
+        self._failures = FailuresInARow(settings.max_job_failures)
+        self._listener = _listener(settings)
+        self._environment = program_environment(os.environ, configuration.secrets(), scrub=settings.scrub_env)
+        if self._listener is not None:
+            self._environment[CONTROL_VARIABLE] = url_of(self._listener)
+        self._delivery = make_delivery(settings, app, self._environment, journal, drain, status)
 
-async def _forwarder(
-    settings: Settings,
-    source: Source,
-    status: Status,
-    drain: Drain,
-    journal: Journal,
-    checkpoints: Checkpoints,
-    environment: Mapping[str, str],
-) -> Forwarder:
-    open_store = stores(settings)
-    await check(
-        settings,
-        open_store,
-        lambda error, delay: status.fault("storage_retried", error=str(error), retry_in=round(delay, 3)),
-    )
-    on_event = partial(_file_event, status)
-    files = JobFilesSettings(
-        settings,
-        open_store,
-        on_event,
-        worker=status.worker,
-        fences=Fences(on_event, allow_unfenced=settings.allow_unfenced),
-        index=journal.file_index(),
-        uploads=journal.uploads(),
-    )
+    async def run(self) -> int:
+        """From the first look at what is left of others to the exit code."""
+        status, settings = self._status, self._settings
+        status.event("started", source=self._source.name, version=_version(), state_dir=settings.state_dir)
+        become_reaper()
+        await self._succeed()
+        drained = [partial(_take_signals, self._drain, status), partial(_announce_drain, self._drain, status)]
+        async with background(*drained, _reap, *self._api()):
+            await self._work()
+            status.enter(Phase.END)
+            if settings.when_done == "idle" and self._delivery.given_up() is None:
+                await self._drain.requested.wait()
+        return self._code()
 
-    def open_files(lease: Lease, keeper: LeaseKeeper) -> JobFiles:
-        return JobFiles(lease, keeper, files)
+    async def _work(self) -> None:
+        """Take jobs while there are any; what runs beside it ends with it."""
+        async with background(*self._beside()):
+            forwarder = await _until_drained(self._drain, self._prepare)
+            if forwarder is not None:
+                await forwarder.run()
+            if self._failures.reason is not None:
+                await self._leave_machine(self._failures.reason)
 
-    command = CommandSettings(
-        environment=environment,
-        retry_exit_codes=settings.retry_exit_codes,
-        logs=settings.state_path / "jobs",
-    )
-    delivery = CommandDelivery(
-        command, journal, lambda _job, error: status.fault("job_log_failed", error=error.strerror or str(error))
-    )
-    return Forwarder(
-        source,
-        delivery,
-        open_files,
-        drain,
-        status,
-        checkpoints,
-        rng=random.Random(),  # noqa: S311 - jitter
-        retry_delay=settings.retry_delay,
-        max_jobs=settings.max_jobs,
-        exit_when_idle=settings.exit_when_idle,
-    )
+    def _beside(self) -> list[Callable[[], Awaitable[object]]]:
+        cost = [] if self._imds is None else [DeletionCost(self._imds, self._status).run]
+        return [self._delivery.run, self._source.run, *cost]
+
+    def _api(self) -> list[Callable[[], Awaitable[object]]]:
+        if self._listener is None:
+            return []
+        return [
+            partial(_serve, self._listener, self._status, self._drain, self._checkpoints, self._settings.state_path)
+        ]
+
+    async def _prepare(self) -> Forwarder | None:
+        """Check storage and the machine; None if the machine was left."""
+        settings, status = self._settings, self._status
+        open_store = stores(settings)
+        await check(
+            settings,
+            open_store,
+            lambda error, delay: status.fault("storage_retried", error=str(error), retry_in=round(delay, 3)),
+        )
+        unfit = await check_machine(settings, open_store, self._environment, self._journal, status)
+        if unfit:
+            await self._leave_machine("; ".join(unfit))
+            return None
+        return make_forwarder(
+            settings,
+            self._source,
+            self._delivery,
+            open_store,
+            status,
+            self._drain,
+            self._journal,
+            self._checkpoints,
+            self._failures,
+            app_mode=self._app_mode,
+        )
+
+    async def _leave_machine(self, reason: str) -> None:
+        """Have us moved, and take no job meanwhile; off SaladCloud, end.
+
+        Raises:
+            UnavailableError: Nobody can move us.
+        """
+        self._status.fault("machine_unfit", error=reason)
+        if self._imds is None:
+            raise UnavailableError(f"this machine is unfit: {reason}")
+        await leave_machine(self._imds, reason, self._drain, self._status)
+
+    def _end(self) -> GivenUp | Verdict | None:
+        """Why no job can come any more, if none can."""
+        return self._delivery.given_up() or self._source.verdict()
+
+    def _code(self) -> int:
+        """The exit code, and why."""
+        if self._drain.requested.is_set():
+            self._status.event("stopped", reason=self._drain.reason)
+            return 0
+        end = self._end()
+        if end is None:
+            return 0
+        tell = self._status.event if end.exit_code == 0 else self._status.fault
+        tell("no_more_jobs", reason=end.reason, exit_code=end.exit_code)
+        return end.exit_code
+
+    async def _succeed(self) -> None:
+        """Take over from the runtime that died in our state folder: end its processes, free its lease."""
+        status, journal = self._status, self._journal
+        journal.on_fault = status.fault
+        leftovers = await anyio.to_thread.run_sync(journal.end_leftovers)
+        if leftovers:
+            status.fault("leftover_processes_killed", count=leftovers)
+        former = journal.former
+        try:
+            if former is not None:
+                await self._source.reclaim(former)
+            journal.note_worker(status.worker)
+        except SourceUnavailableError as error:
+            status.fault("queue_unreachable", error=str(error))
+        # Packs that an earlier runtime had waiting for its uplink: the adopted ones are in storage.
+        spool = self._settings.state_path / SPOOL
+        await anyio.to_thread.run_sync(partial(shutil.rmtree, spool, ignore_errors=True))
 
 
 async def _until_drained(drain: Drain, work: Callable[[], Awaitable[T]]) -> T | None:
     """What the work gives; None if a request to stop came first."""
-    done = None
-    with anyio.CancelScope() as scope:
-
-        async def give_up() -> None:
-            await drain.requested.wait()
-            scope.cancel()
-
-        async with background(give_up):
-            done = await work()
-    return done
-
-
-async def _succeed(journal: Journal, source: Source, status: Status) -> None:
-    """Take over from the runtime that died in our state folder, once its processes are gone: no lease has to lapse."""
-    former = journal.former
-    try:
-        if former is not None:
-            await source.reclaim(former)
-    except SourceUnavailableError as error:
-        status.fault("queue_unreachable", error=str(error))
-        return
-    journal.note_worker(status.worker)
+    with drain.requested.ends():
+        return await work()
+    return None
 
 
 def _listener(settings: Settings) -> socket.socket | None:
@@ -237,7 +266,8 @@ async def _announce_drain(drain: Drain, status: Status) -> None:
 
 
 async def _leave_at_deadline(drain: Drain, status: Status, leave: Callable[[], NoReturn]) -> None:
-    await drain.over()
+    with drain.until_over():
+        await anyio.sleep_forever()
     await anyio.sleep(_LAST_SECONDS)
     status.fault("exit_forced", error="the grace period is over, and a call does not end")
     leave()
@@ -267,39 +297,6 @@ async def _reap() -> None:
     while True:
         await anyio.sleep(_REAP_SECONDS)
         await anyio.to_thread.run_sync(reaper.look)
-
-
-def _file_event(status: Status, name: str, fields: Mapping[str, object]) -> None:
-    if name == "committed":
-        status.committed(fields)
-        return
-    status.unfenced = status.unfenced or name == "unfenced"
-    tell = status.fault if name in _FAULTS else status.event
-    tell(name, **fields)
-
-
-def configuration_secrets(settings: Settings) -> set[str]:
-    """The credentials that the settings hold."""
-    return {
-        value
-        for value in (settings.s3_access_key_id, settings.s3_secret_access_key, settings.s3_session_token)
-        if value
-    }
-
-
-def program_environment(environ: Mapping[str, str], secrets: set[str], *, scrub: bool) -> dict[str, str]:
-    """What programs inherit: never heeler's own credentials; none at all under `--scrub-env`."""
-    own = {name for name in secret_names() if name.startswith(environment_name(""))}
-    kept = {name: value for name, value in environ.items() if name not in own and name != "HEELER_JOB"}
-    if not scrub:
-        return kept
-    hidden = secret_names()
-    values = secrets | {environ[name] for name in hidden if environ.get(name)}
-    return {
-        name: value
-        for name, value in kept.items()
-        if name not in hidden and value not in values and not any(len(part) >= 4 and part in value for part in values)
-    }
 
 
 def _version() -> str:

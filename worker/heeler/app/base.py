@@ -8,6 +8,7 @@ from typing import Protocol
 
 from heeler.drain import Drain
 from heeler.job import Ending, Job
+from heeler.scopes import Signal
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,43 @@ class Assignment:
     ended: Callable[[], None] = lambda: None
 
 
+@dataclass(frozen=True)
+class GivenUp:
+    """Why no job can be delivered any more: the program ended for good.
+
+    Attributes:
+        exit_code: For our process: the program's own.
+        reason: For people.
+    """
+
+    exit_code: int
+    reason: str
+
+
 class Delivery(Protocol):
     """Hands a job to the program and says how it ended."""
+
+    async def run(self) -> None:
+        """What goes on between jobs (a program that lives longer than one); cancelled, it is ended first."""
+        ...
+
+    @property
+    def available(self) -> bool:
+        """Whether a job could be delivered now."""
+        ...
+
+    async def ready(self) -> bool:
+        """Wait until a job can be delivered; False: never again."""
+        ...
+
+    @property
+    def unready(self) -> Signal:
+        """Set when no job can be delivered any more, for now or for good; another one after each `ready`."""
+        ...
+
+    def given_up(self) -> GivenUp | None:
+        """Why never again."""
+        ...
 
     async def deliver(self, assignment: Assignment, drain: Drain) -> Ending:
         """Run one attempt to its end; cancelled, the program is ended first.

@@ -12,11 +12,12 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from heeler.app.base import Assignment
+from heeler.app.base import Assignment, GivenUp
 from heeler.app.output import JobLog, passed_to, prune_logs
 from heeler.app.process import CannotStartError, Child, Exit, MachineError, ProcessRegister, RegisterError, child
 from heeler.drain import Drain
 from heeler.job import Ending, InvalidJobError, JobDocument, Outcome, Result
+from heeler.scopes import Signal
 from heeler.tasks import background
 
 _LEAST_GRACE = 1.0
@@ -53,6 +54,28 @@ class CommandDelivery:
         self._settings = settings
         self._register = register
         self._on_log_error = on_log_error
+        self._never = Signal()
+
+    async def run(self) -> None:
+        """As `Delivery.run`: each job brings its program."""
+
+    @property
+    def available(self) -> bool:
+        """As `Delivery.available`."""
+        return True
+
+    async def ready(self) -> bool:
+        """As `Delivery.ready`: nothing has to be there before a job."""
+        return True
+
+    @property
+    def unready(self) -> Signal:
+        """As `Delivery.unready`: never."""
+        return self._never
+
+    def given_up(self) -> GivenUp | None:
+        """As `Delivery.given_up`."""
+        return None
 
     async def deliver(self, assignment: Assignment, drain: Drain) -> Ending:
         """As `Delivery.deliver`."""

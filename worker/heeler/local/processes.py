@@ -8,13 +8,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from heeler.errors import UnavailableError
+
 _END_SECONDS = 5.0
 
 
-def free_port() -> int:
-    """A loopback port that nobody listens on now."""
+def free_port(wanted: int = 0) -> int:
+    """A loopback port that nobody listens on now; 0 wants any.
+
+    Raises:
+        UnavailableError: Somebody does.
+    """
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError as error:
+            raise UnavailableError(f"can't listen on 127.0.0.1:{wanted}: {error.strerror}") from None
         port: int = probe.getsockname()[1]
         return port
 

@@ -1,4 +1,4 @@
-"""An S3 on loopback for trying things: moto's server in a process of its own, its objects in memory."""
+"""An S3 and an SQS on loopback for trying things: moto's server in a process of its own, all of it in memory."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _START_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class LocalStorage:
-    """A running S3.
+    """A running S3 and SQS.
 
     Attributes:
-        url: Its endpoint.
+        url: The endpoint of both.
     """
 
     url: str
@@ -34,13 +34,14 @@ class LocalStorage:
         """What points heeler, and boto3, at it."""
         return {
             "AWS_ENDPOINT_URL_S3": self.url,
+            "AWS_ENDPOINT_URL_SQS": self.url,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
             "AWS_REGION": "us-east-1",
         }
 
     def client(self) -> Any:
-        """A boto3 client of it."""
+        """A boto3 client of the S3."""
         import boto3  # noqa: PLC0415 - moto brings it
 
         return boto3.client(
@@ -53,16 +54,16 @@ class LocalStorage:
 
 
 @contextmanager
-def local_storage() -> Iterator[LocalStorage]:
-    """Run an S3 while the block runs.
+def local_storage(port: int = 0) -> Iterator[LocalStorage]:
+    """Run it while the block runs, on a port; 0 takes a free one.
 
     Raises:
         UsageError: The extra `local` is not installed.
-        UnavailableError: It did not start.
+        UnavailableError: It did not start, or the port is taken.
     """
     if importlib.util.find_spec("moto") is None or importlib.util.find_spec("flask") is None:
         raise UsageError("this needs an S3 of one's own: pip install 'heeler[local]'")
-    port = free_port()
+    port = free_port(port)
     with running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]) as server:
         storage = LocalStorage(f"http://127.0.0.1:{port}")
         give_up = time.monotonic() + _START_SECONDS

@@ -6,16 +6,27 @@ and returns a `Source`. They must pass `tests/contract/test_source.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from heeler.config import Settings
 from heeler.errors import UnavailableError, UsageError
 from heeler.job import InvalidJobError
-from heeler.sources.base import Desk, Source, SourceUnavailableError
+from heeler.sources.base import Desk, Machine, Source, SourceUnavailableError
 
 _GROUP = "heeler.sources"
-_LATER = {"sqs", "salad", "kelpie"}
+_LATER = {"sqs", "kelpie"}
+FaultSink = Callable[..., None]
+
+
+def _nobody(_event: str, **_fields: object) -> None:
+    return
+
+
+_SALAD_SETS = ("SALAD_MACHINE_ID", "SALAD_CONTAINER_GROUP_ID")
+"""What SaladCloud always sets (PROTOCOLS 2)."""
 _NO_SOURCE = (
     "no source of jobs: set --source (or HEELER_SOURCE) to local:FOLDER for a queue in a folder,"
     " or give one job with --job FILE (or HEELER_JOB)"
@@ -30,23 +41,38 @@ class SourceRequest:
         spec: The setting: a name, or NAME:ADDRESS.
         worker: Who asks, for people who look at the queue.
         state_dir: A folder that outlives the process.
-        job: The document of `once`.
+        job: The document of `once`, or in app mode its message.
+        settings: All settings.
+        machine: The machine that we run on.
+        app_mode: Whether messages go to an app as they are; else they are job documents.
+        on_fault: Told an event's name and fields when something goes wrong between calls.
     """
 
     spec: str | None
     worker: str
     state_dir: Path
     job: bytes | None = None
+    settings: Settings = field(default_factory=Settings)
+    machine: Machine | None = None
+    app_mode: bool = False
+    on_fault: FaultSink = _nobody
+
+
+def guess_source(environ: Mapping[str, str], settings: Settings) -> str | None:
+    """The source that nobody named: `once` if a job is given, else the queue of the cloud that we run on."""
+    if settings.job is not None:
+        return "once"
+    return "salad" if any(environ.get(name) for name in _SALAD_SETS) else None
 
 
 def open_source(request: SourceRequest) -> Source:
-    """The source that a setting names; `once` if none is named but a job is given.
+    """The source that a setting names.
 
     Raises:
         UsageError: There is none of that name, or what it was given is wrong.
         UnavailableError: It can't be opened now.
     """
-    spec = request.spec or ("once" if request.job is not None else None)
+    spec = request.spec
     if spec is None:
         raise UsageError(_NO_SOURCE)
     name, _, address = spec.partition(":")
@@ -56,11 +82,15 @@ def open_source(request: SourceRequest) -> Source:
 
             return LocalSource(_folder(address), request.worker)
         if name == "once":
-            from heeler.sources.once import OnceSource  # noqa: PLC0415
+            from heeler.sources.once import once_of_document, once_of_message  # noqa: PLC0415
 
             if request.job is None:
                 raise UsageError("source once needs its job: --job FILE, or the document in HEELER_JOB")
-            return OnceSource(request.job, request.state_dir)
+            return (once_of_message if request.app_mode else once_of_document)(request.job, request.state_dir)
+        if name == "salad":
+            from heeler.sources.salad import SaladSource  # noqa: PLC0415 - it brings gRPC
+
+            return SaladSource(request)
         return _from_entry_point(name, request)
     except SourceUnavailableError as error:
         raise UnavailableError(str(error)) from None
@@ -100,5 +130,5 @@ def _from_entry_point(name: str, request: SourceRequest) -> Source:
         return source
     if name in _LATER:
         raise UsageError(f"source {name!r} is not supported by this version yet; use local:FOLDER or once")
-    known = ["local:FOLDER", "once", *(entry.name for entry in entry_points(group=_GROUP))]
+    known = ["local:FOLDER", "once", "salad", *(entry.name for entry in entry_points(group=_GROUP))]
     raise UsageError(f"unknown source {name!r}; known are {', '.join(known)}")

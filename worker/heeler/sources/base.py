@@ -7,6 +7,7 @@ itself for long and never decides what a job's end means.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,6 +60,15 @@ class Lease(Protocol):
         """Seconds from an extension to the lapse; infinite where a lease can't lapse."""
         ...
 
+    @property
+    def spends_tries(self) -> bool:
+        """Whether each `retry` spends one of few tries of the queue: a transient failure is tried again here first."""
+        ...
+
+    def listen(self, heard: Callable[[], None]) -> None:
+        """Have `heard` called when the queue has news of this lease by itself; `extend` then says which."""
+        ...
+
     async def extend(self, *, progressed: bool = False) -> LeaseState:
         """Keep the lease, from now on for `expires_after`.
 
@@ -91,6 +101,29 @@ class Lease(Protocol):
         ...
 
 
+class Machine(Protocol):
+    """What a source asks of the machine that it runs on; `heeler.platform` implements it."""
+
+    async def ready(self) -> bool:
+        """Whether this machine is to take jobs now.
+
+        Raises:
+            SourceUnavailableError: It could not be asked.
+        """
+        ...
+
+    async def token(self, *, fresh: bool = False) -> str:
+        """The token that says who this machine is, for a queue's `authorization`; never to be logged.
+
+        Args:
+            fresh: The one given before was refused.
+
+        Raises:
+            SourceUnavailableError: It could not be asked.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The last word of a source that has no more jobs.
@@ -110,6 +143,21 @@ class Source(Protocol):
     @property
     def name(self) -> str:
         """As the user wrote it, without secrets."""
+        ...
+
+    async def run(self) -> None:
+        """What goes on between the other calls; runs beside them until it is cancelled, or returns: nothing does.
+
+        A source that asks its queue only when it is called itself returns at once. All other calls may come before
+        and after it, but then nothing is received, and nothing is told.
+        """
+        ...
+
+    async def pause(self) -> None:
+        """No job is wanted until the next `receive`: to be called before a lease is settled, if none will be.
+
+        A queue that sends jobs by itself would send the next one to a worker that won't do it.
+        """
         ...
 
     async def receive(self, *, wait: float) -> Lease | None:
@@ -177,6 +225,10 @@ class Desk(Protocol):
         Raises:
             InvalidJobError: A document is none, or its id is taken.
         """
+        ...
+
+    def submit_message(self, message: bytes) -> str:
+        """Add a message for an app, byte for byte, and return its id."""
         ...
 
     def jobs(self) -> list[JobRecord]:

@@ -21,6 +21,8 @@ _LOOK_SECONDS = 1.0
 _STAMPS_PER_LOOK = 5
 _DEFAULT_LEASE_SECONDS = 30.0
 _HEARTBEATS_PER_LEASE = 3
+_DEFAULT_FAILURES = 3
+"""As Kelpie's `max_failures` (PROTOCOLS 3), for messages that can't say."""
 _WORKER_BUSY_SECONDS = 1.0
 """A worker's call on a locked queue is cut short and repeated, so that a drain is never stuck in one."""
 
@@ -59,6 +61,14 @@ class LocalLease:
         """Three times the job's `heartbeat_interval`, or 30 s."""
         return self._taken.lease_seconds
 
+    @property
+    def spends_tries(self) -> bool:
+        """Failures are counted as the job asks, and interruptions cost nothing."""
+        return False
+
+    def listen(self, heard: Callable[[], None]) -> None:
+        """As `Lease.listen`: it has to be asked."""
+
     async def extend(self, *, progressed: bool = False) -> LeaseState:
         """As `Lease.extend`."""
         return await _in_thread(partial(self._table.extend, self.job.id, self._taken.token, progressed=progressed))
@@ -93,6 +103,12 @@ class LocalSource:
     def name(self) -> str:
         """As the user wrote it."""
         return f"local:{self._folder}"
+
+    async def run(self) -> None:
+        """As `Source.run`: nothing."""
+
+    async def pause(self) -> None:
+        """As `Source.pause`: jobs come only when they are asked for."""
 
     async def receive(self, *, wait: float) -> Lease | None:
         """As `Source.receive`."""
@@ -138,6 +154,12 @@ class LocalDesk:
         if taken is not None:
             raise InvalidJobError("id", f"{taken!r} is in the queue already; choose another, or leave it out")
         return ids
+
+    def submit_message(self, message: bytes) -> str:
+        """As `Desk.submit_message`."""
+        job = NewJob(secrets.token_hex(8), message, _DEFAULT_LEASE_SECONDS, _DEFAULT_FAILURES)
+        self._table.add([job])
+        return job.id
 
     def jobs(self) -> list[JobRecord]:
         """As `Desk.jobs`."""

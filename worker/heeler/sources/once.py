@@ -22,6 +22,8 @@ from heeler.job import InvalidJobError, Job, Result, parse_document
 from heeler.sources.base import BARREN_LIMIT, Lease, LeaseState, SourceUnavailableError, Verdict
 
 _EXIT_BARREN = 1
+_DEFAULT_FAILURES = 3
+"""As Kelpie's `max_failures` (PROTOCOLS 3), for messages that can't say."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,14 @@ class OnceLease:
         """Never."""
         return math.inf
 
+    @property
+    def spends_tries(self) -> bool:
+        """Failures are counted as the job asks, and interruptions cost nothing."""
+        return False
+
+    def listen(self, heard: Callable[[], None]) -> None:
+        """As `Lease.listen`: it has to be asked."""
+
     async def extend(self, *, progressed: bool = False) -> LeaseState:
         """As `Lease.extend`."""
         if progressed:
@@ -95,18 +105,36 @@ class OnceLease:
         self._source.put_back(self._attempt, reason, delay, fruitless=fruitless)
 
 
+def once_of_document(body: bytes, state_dir: Path, clock: Callable[[], float] = time.time) -> OnceSource:
+    """The source of the job that a document describes.
+
+    Raises:
+        InvalidJobError: It describes none.
+    """
+    document = parse_document(body)
+    return OnceSource(Job(document.id or _id_of(body), body), document.max_failures, state_dir, clock)
+
+
+def once_of_message(body: bytes, state_dir: Path, clock: Callable[[], float] = time.time) -> OnceSource:
+    """The source of one message for an app, byte for byte."""
+    return OnceSource(Job(_id_of(body), body), _DEFAULT_FAILURES, state_dir, clock)
+
+
+def _id_of(body: bytes) -> str:
+    return sha256(body).hexdigest()[:16]
+
+
 class OnceSource:
     """Gives one job until it is done or has failed for good."""
 
-    def __init__(self, body: bytes, state_dir: Path, clock: Callable[[], float] = time.time) -> None:
-        """Args: the job document, the folder for what became of it, and wall time in seconds.
+    def __init__(self, job: Job, max_failures: int, state_dir: Path, clock: Callable[[], float] = time.time) -> None:
+        """Args: the job, how often it may fail, the folder for what became of it, and wall time in seconds.
 
         Raises:
-            InvalidJobError: The document is no job.
+            InvalidJobError: What is in the folder is no record of ours.
         """
-        document = parse_document(body)
-        self._max_failures = document.max_failures
-        self._job = Job(document.id or sha256(body).hexdigest()[:16], body)
+        self._max_failures = max_failures
+        self._job = job
         self._path = state_dir / "once.json"
         self._clock = clock
         self._record = self._load()
@@ -116,6 +144,12 @@ class OnceSource:
     def name(self) -> str:
         """As the user wrote it."""
         return "once"
+
+    async def run(self) -> None:
+        """As `Source.run`: nothing."""
+
+    async def pause(self) -> None:
+        """As `Source.pause`: jobs come only when they are asked for."""
 
     async def receive(self, *, wait: float) -> Lease | None:
         """As `Source.receive`."""

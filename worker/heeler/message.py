@@ -1,0 +1,62 @@
+"""What a message says of its job's folders: a whole job document, or the `sync` in an app's message (DESIGN 4)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from heeler.job import InvalidJobError, Job, SyncSpec, check_job_id, first_fault
+
+_NOTHING = SyncSpec()
+_PARTS = {"before", "during", "after"}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The folders that a job asks for, and which run of it this is."""
+
+    sync: SyncSpec
+    run_id: str = ""
+
+
+def of_document(job: Job) -> Wanted:
+    """What a job document says.
+
+    Raises:
+        InvalidJobError: The message is none.
+    """
+    document = job.document()
+    return Wanted(document.sync, document.run_id)
+
+
+def of_app_message(job: Job) -> Wanted:
+    """What a message for an app says: it may be anything, and only a JSON object's `sync` is ours to read.
+
+    Raises:
+        InvalidJobError: Its `sync` is meant for us and is wrong, or the id can't stand in keys and paths.
+    """
+    try:
+        check_job_id(job.id)
+    except ValueError as error:
+        raise InvalidJobError("id", str(error)) from None
+    found = _sync_in(job.body)
+    if not isinstance(found, dict) or not _PARTS & found.keys():
+        return Wanted(_NOTHING)  # the app's own word
+    try:
+        return Wanted(SyncSpec.model_validate(found))
+    except ValidationError as error:
+        fault = first_fault(error)
+        where = "sync" if fault.field == "document" else f"sync.{fault.field}"
+        raise InvalidJobError(where, fault.reason) from None
+
+
+def _sync_in(body: bytes) -> object:
+    if b'"sync"' not in body:
+        return None
+    try:
+        message = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return message.get("sync") if isinstance(message, dict) else None
