@@ -118,7 +118,7 @@ def test_one_500_from_imds_at_the_start_delays_the_stream_by_less_than_3_s(world
 
 # 3. SIGTERM in a job: it exited at once, the app's request was aborted, nothing was rejected.
 
-GRACE = 6.0
+GRACE = 4.0
 TOLD = "signal.signal(signal.SIGTERM, lambda *_: (tell('told'), {then}))\n"
 WAITS = "def reply(request, job, id): tell('runs', os.getpid()); await_('go'); return 200, b'answer'\n"
 
@@ -299,7 +299,7 @@ def test_an_answer_that_is_always_refused_with_unavailable_is_told_again_at_grow
     with world.idle_worker():
         world.salad.faults.fail("CompleteJob", Code.UNAVAILABLE, FOREVER)
         job_id = world.submit()
-        times = [call.time for call in world.wait_calls("CompleteJob", 6)]
+        times = [call.time for call in world.wait_calls("CompleteJob", 5)]
         print(f"FIGURE UNAVAILABLE on CompleteJob: gaps {[round(gap, 2) for gap in gaps_of(times)]}")
         assert grow(gaps_of(times))
         world.salad.faults.clear()

@@ -41,7 +41,9 @@ def bind(address: str) -> socket.socket:
         raise UsageError(f"--control is {address!r}, but must be like 127.0.0.1:8642, or off") from None
     if not ip.is_loopback:
         raise UsageError(f"--control is {address!r}, but the control API listens on loopback only: 127.0.0.1:PORT")
-    listener = socket.socket(socket.AF_INET6 if ip.version == 6 else socket.AF_INET)
+    family = socket.AF_INET6 if ip.version == 6 else socket.AF_INET
+    # Only a socket that says so is known to asyncio as one of TCP, and gets its answers out without Nagle's delay.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((str(ip), number))
