@@ -240,10 +240,11 @@ class SaladWorld:
         machine: Machine | None = None,
         control: str = "off",
         source: tuple[str, ...] = ("--source", "salad"),
+        env: Mapping[str, str] | None = None,
         **environment: str,
     ) -> Iterator[Worker]:
         """A running worker on a machine, with a state folder of its own name; killed with the block."""
-        given = {**(machine or self.salad.machine).environment(), _MARK: self._mark, **environment}
+        given = {**(machine or self.salad.machine).environment(), _MARK: self._mark, **(env or {}), **environment}
         with Worker(
             *source,
             *arguments,
@@ -335,6 +336,11 @@ class SaladWorld:
         """Whether no worker was ever sent this job."""
         job = self.salad.job(job_id)
         return (job.status, job.tries, job.workers) == (JobStatus.PENDING, 0, [])
+
+    def comes_back_for(self, job_id: str) -> None:
+        """Wait until a worker's newest stream is open and names that job."""
+        eventually(lambda: self.calls("AcceptJobs")[-1].job_id == job_id, "it comes back for its job")
+        self.salad.wait_streams(1)
 
     def prompt(self, what: str, since: float, job_id: str = "") -> None:
         """The next job, submitted now if none is named, is taken within two seconds after a recovery, and done."""

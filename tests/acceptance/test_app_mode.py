@@ -131,12 +131,11 @@ def on_term(*_):
 signal.signal(signal.SIGTERM, on_term)
 note("starts", os.getpid())
 if "DIES" in os.environ:
-    print("about to die", flush=True)
     sys.exit(int(os.environ["DIES"]))
 while "SLOW" in os.environ and not (W / "listen").exists():
     time.sleep(0.005)
-print("to stdout", flush=True)
-print("to stderr", file=sys.stderr, flush=True)
+os.write(1, b"to stdout\\n")
+os.write(2, b"to stderr\\n")
 if "FAMILY" in os.environ:
     exec(os.environ["FAMILY"])
     tell("pid", os.getpid())
@@ -286,6 +285,19 @@ def test_several_jobs_at_a_time_without_folders_of_their_own_are_refused(app: Ap
         assert worker.wait() == 64
     assert "HEELER_OUTPUT_DIR" in worker.lines[-1]
     assert app.lines("starts") == []
+
+
+def test_the_one_job_of_the_source_once_may_be_any_message(app: AppWorld) -> None:
+    message = app.world.folder / "message.json"
+    message.write_text('{"do": "echo", "prompt": "a cat"}')
+    with Worker(
+        *("--job", str(message), "--", *app.argv),
+        state_dir=app.world.folder / "state-once",
+        env=app.world.environment(W=str(app.world.folder)),
+        cwd=app.world.folder,
+    ) as worker:
+        assert worker.wait() == 0, worker.lines[-20:]
+    assert base64.b64decode(app.calls()[0]["body"]) == message.read_bytes()
 
 
 # The app's health.
@@ -478,6 +490,18 @@ def test_kill_9_of_the_runtime_leaves_nothing_and_the_next_one_does_the_job_agai
     assert second.find("leftover_processes_killed")
 
 
+def test_kill_9_of_the_runtime_with_several_jobs_frees_them_all_at_once(app: AppWorld) -> None:
+    ids = [app.submit("wait") for _ in range(3)]
+    with app.worker("--concurrency", "3") as worker:
+        eventually(lambda: len(app.calls()) == 3, "all are with the app")
+        worker.signal(signal.SIGKILL)
+        worker.wait()
+    app.world.tell("go")
+    with app.worker("--concurrency", "3", "--max-jobs", "3") as second:
+        assert second.wait(15) == 0  # a lease would take 30 s to lapse
+    assert [(app.world.job(job).state, app.world.job(job).attempts) for job in ids] == [("done", 2)] * 3
+
+
 def test_a_program_on_another_port_in_each_life_is_found_again(app: AppWorld) -> None:
     with app.worker() as worker:
         worker.wait_for("app_ready")
@@ -487,6 +511,36 @@ def test_a_program_on_another_port_in_each_life_is_found_again(app: AppWorld) ->
     first, second = (event["address"] for event in worker.find("app_ready"))
     assert first != second
     assert worker.find("app_ended")[0]["error"] == "killed by SIGKILL"
+
+
+UVICORN = """
+import asyncio, os
+from fastapi import FastAPI, Request, Response
+from pathlib import Path
+
+W = Path(os.environ["W"])
+app = FastAPI()
+
+
+@app.post("/")
+async def work(request: Request) -> Response:
+    message = await request.json()
+    if message["do"] == "wait":
+        (W / "begun").touch()
+        await asyncio.sleep(message["seconds"])
+    return Response(b"finished", media_type="text/plain")
+"""
+
+
+def test_an_app_under_uvicorn_finishes_its_request_in_a_drain_and_then_ends(app: AppWorld) -> None:
+    (app.world.folder / "served.py").write_text(UVICORN)
+    app.argv = [sys.executable, "-m", "uvicorn", "--app-dir", str(app.world.folder), "--port", "0", "served:app"]
+    with app.worker(HEELER_STOP_GRACE="20") as worker:
+        app.done(app.submit("echo"))
+        job = app.submit("wait", seconds=1.5)
+        app.world.told("begun")
+        stop(worker, within=8)
+    assert answer(app.world.job(job)) == (200, b"finished")
 
 
 # An app of somebody else.
@@ -517,10 +571,12 @@ def test_an_app_that_somebody_else_runs_is_waited_for_used_and_left_alone(app: A
             assert app.calls()[0]["path"] == "/base/"
             waits = app.submit("wait")
             app.world.told("begun-1")
+            worker.signal(signal.SIGTERM)
+            worker.wait_for("drain")
             app.world.tell("go")
-            stop(worker, within=6)
+            assert worker.wait() == 0
             assert process.is_running()
-    assert app.world.job(waits).state in ("done", "pending")
+    assert answer(app.world.job(waits)) == (200, b"finished"), "it had the grace period to answer"
     assert app.lines("terms") == []
 
 

@@ -11,15 +11,14 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 
-from heeler.local.queue_model import End, JobStatus
+from heeler.local.queue_model import End, Job, JobStatus
 from tests.acceptance.salad_world import OK, Gate, Reply, Request, SaladWorld, answers
 from tests.acceptance.snapshot_programs import Prefix, snapshots
 from tests.acceptance.world import BUCKET, alive, eventually
@@ -49,11 +48,14 @@ class Cable:
         self.proxy = proxy
 
     def drop(self) -> float:
-        """When that was."""
+        """Return once the queue has noticed, too; when that was."""
+        salad = self._world.salad
+        before = salad.call(lambda: [*salad.state.streams.values()])
         if self._how == "reset":
             self.proxy.reset_connections()
+            eventually(lambda: all(stream.end for stream in before), "the queue has noticed")
         else:
-            self._world.salad.drop_streams(End.CLOSED if self._how == "closed" else End.DROPPED)
+            salad.drop_streams(End.CLOSED if self._how == "closed" else End.DROPPED)
         return time.monotonic()
 
 
@@ -70,7 +72,7 @@ HOW = pytest.mark.parametrize("how", ["unavailable", "closed", "reset"])
 
 @HOW
 def test_a_stream_dropped_before_the_job_costs_nothing(world: SaladWorld, how: str) -> None:
-    with cable(world, how) as (line, environment), world.idle_worker(**environment):
+    with cable(world, how) as (line, environment), world.idle_worker(env=environment):
         dropped = line.drop()
         job_id = world.submit()
         world.prompt(f"stream {how} before the job", dropped, job_id)
@@ -78,13 +80,12 @@ def test_a_stream_dropped_before_the_job_costs_nothing(world: SaladWorld, how: s
 
 
 def test_a_job_lost_on_its_way_to_us_is_done_by_its_second_try(world: SaladWorld) -> None:
-    with cable(world) as (line, environment), world.idle_worker(**environment):
+    with cable(world) as (line, environment), world.idle_worker(env=environment):
         line.proxy.set(stall_down=True)
         job_id = world.submit()
         world.at("started", job_id)
-        line.proxy.set(stall_down=False, partition=True)
-        line.proxy.clear()
         dropped = line.drop()
+        line.proxy.clear()
         # We never heard of the job, and nobody else can know.
         world.done(job_id, tries=2)
         assert len(world.app.of(job_id)) == 1
@@ -98,12 +99,11 @@ def test_a_job_lost_on_its_way_to_us_is_done_by_its_second_try(world: SaladWorld
 def test_a_stream_dropped_after_the_job_was_received_and_before_the_app_has_it_costs_no_try(
     world: SaladWorld, how: str
 ) -> None:
-    with cable(world, how) as (line, environment), world.worker(**environment) as worker:
+    with cable(world, how) as (line, environment), world.worker(env=environment) as worker:
         job_id = world.submit()
         worker.wait_for("app_not_ready")  # it has the job, and waits for the app
         dropped = line.drop()
-        world.salad.wait_streams(1)
-        assert world.calls("AcceptJobs")[-1].job_id == job_id
+        world.comes_back_for(job_id)
         world.app.start()
         world.done_once(job_id)
         world.prompt(f"stream {how} after the job was received", max(dropped, world.at("succeeded", job_id)))
@@ -113,12 +113,11 @@ def test_a_stream_dropped_after_the_job_was_received_and_before_the_app_has_it_c
 def test_a_stream_dropped_while_the_app_computes_costs_no_try(world: SaladWorld, how: str) -> None:
     gate = Gate(first_only=True)
     world.app.reply = gate
-    with cable(world, how) as (line, environment), world.idle_worker(**environment):
+    with cable(world, how) as (line, environment), world.idle_worker(env=environment):
         job_id = world.submit()
         gate.wait()
         line.drop()
-        eventually(lambda: world.calls("AcceptJobs")[-1].job_id == job_id, "it comes back for its job")
-        world.salad.wait_streams(1)
+        world.comes_back_for(job_id)
         gate.open()
         world.done_once(job_id)
         # Once more, and the answer comes while there is no stream.
@@ -137,8 +136,8 @@ def test_a_connection_cut_in_the_middle_of_complete_job_tells_it_again_and_the_a
 ) -> None:
     gate = Gate(first_only=True)
     world.app.reply = gate
-    with cable(world) as (line, environment), world.idle_worker(**environment) as worker:
-        job_id, following = world.submit(), world.submit()
+    with cable(world) as (line, environment), world.idle_worker(env=environment) as worker:
+        job_id = world.submit()
         gate.wait()
         line.proxy.set(stall_down=applied, stall_up=not applied)
         gate.open()
@@ -149,15 +148,14 @@ def test_a_connection_cut_in_the_middle_of_complete_job_tells_it_again_and_the_a
             assert not world.calls("CompleteJob")
         cut = line.drop()
         line.proxy.clear()
+        worker.wait_for("job_settled", outcome="done", told=True)
         world.done_once(job_id)
-        if applied:  # the queue sent the next at once, to a connection that is no more: that try is lost
-            world.done(following, tries=world.salad.job(following).tries)
-        assert len(world.app.of(following)) == 1
-        world.prompt(f"connection cut in CompleteJob, applied: {applied}", max(cut, world.at("succeeded", following)))
+        assert worker.find("queue_unreachable")
+        world.prompt(f"connection cut in CompleteJob, applied: {applied}", max(cut, world.at("succeeded", job_id)))
 
 
 @pytest.mark.parametrize("applied", [True, False])
-@pytest.mark.parametrize("code", [Code.UNAVAILABLE, Code.INTERNAL, Code.UNKNOWN, Code.DEADLINE_EXCEEDED])
+@pytest.mark.parametrize("code", [Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED])
 def test_a_complete_job_that_fails_with_the_stream_is_told_again_and_the_app_is_not_asked_again(
     world: SaladWorld, code: grpc.StatusCode, applied: bool
 ) -> None:
@@ -178,7 +176,7 @@ def test_a_complete_job_that_fails_with_the_stream_is_told_again_and_the_app_is_
 
 @HOW
 def test_a_stream_dropped_after_the_job_costs_nothing(world: SaladWorld, how: str) -> None:
-    with cable(world, how) as (line, environment), world.idle_worker(**environment):
+    with cable(world, how) as (line, environment), world.idle_worker(env=environment):
         world.done_once(world.submit())
         dropped = line.drop()
         job_id = world.submit()
@@ -189,7 +187,10 @@ def test_a_stream_dropped_after_the_job_costs_nothing(world: SaladWorld, how: st
 def test_a_stream_that_hangs_is_noticed_and_opened_again(world: SaladWorld) -> None:
     gate = Gate(first_only=True)
     world.app.reply = gate
-    with cable(world) as (line, environment), world.idle_worker(HEELER_SALAD_SILENCE="2", **environment) as worker:
+    with (
+        cable(world) as (line, environment),
+        world.idle_worker(env={**environment, "HEELER_SALAD_SILENCE": "2"}) as worker,
+    ):
         job_id = world.submit()
         gate.wait()
         line.proxy.set(stall=True)
@@ -211,7 +212,7 @@ def test_streams_dropped_at_random_never_make_the_app_do_a_job_twice(world: Sala
         return OK
 
     world.app.reply = computes
-    with cable(world) as (line, environment), world.idle_worker(**environment):
+    with cable(world) as (line, environment), world.idle_worker(env=environment):
         jobs = [world.submit(number=number) for number in range(40)]
         drops = 0
         while not all(world.salad.job(job_id).status.final for job_id in jobs):
@@ -233,7 +234,12 @@ def test_streams_dropped_at_random_never_make_the_app_do_a_job_twice(world: Sala
 def test_a_server_that_is_away_for_5_s_costs_no_try(world: SaladWorld) -> None:
     early, late = Gate(first_only=True), Gate(first_only=True)
     gates = {"early": early, "late": late}
-    world.app.reply = lambda request: gates.get(json.loads(request.body).get("gate", ""), lambda _: OK)(request)
+
+    def reply(request: Request) -> Reply:
+        gate = gates.get(json.loads(request.body).get("gate", ""))
+        return OK if gate is None else gate(request)
+
+    world.app.reply = reply
     world.app.start()
     other = world.salad.add_machine("machine-2")
     with ExitStack() as stack:
@@ -263,8 +269,7 @@ def test_a_token_that_expires_in_a_job_costs_no_try(world: SaladWorld) -> None:
             world.salad.expire_tokens()
             if dropped:
                 world.salad.drop_streams()
-                eventually(lambda wanted=job_id: world.calls("AcceptJobs")[-1].job_id == wanted, "it comes back")
-                world.salad.wait_streams(1)
+                world.comes_back_for(job_id)
             gate.open()
             world.done_once(job_id)
             world.prompt(f"token expired in a job, stream dropped: {dropped}", gate.opened)
@@ -298,8 +303,8 @@ def test_a_metadata_service_that_is_away_for_60_s_at_the_start_or_in_the_middle_
         away_until(began, AWAY / 2)
         middle.salad.drop_streams()
         idle.done_once(idle.submit())  # it needs nobody
+        gate.open()  # its answer can't be told for a long time
         away_until(began, AWAY - 5)
-        gate.open()
         idle.done_once(idle.submit())
         away_until(began, AWAY)
         assert start.untouched(waiting[start])
@@ -357,7 +362,7 @@ def test_an_answer_that_is_too_large_is_rejected_with_the_reason_and_the_next_jo
 # Failures that pass are tried again here; others spend a try.
 
 
-@pytest.mark.parametrize("status", [429, 502, 503, 504])
+@pytest.mark.parametrize("status", [429, 503])
 def test_an_app_that_is_overloaded_twice_is_asked_again_here(world: SaladWorld, status: int) -> None:
     world.app.reply = answers((status, {}, b""), (status, {}, b""), OK)
     with world.idle_worker():
@@ -389,7 +394,9 @@ def test_an_app_that_refuses_connections_for_a_while_is_waited_for_here(world: S
         world.app.start()
         up = time.monotonic()
         world.done_once(job_id)
-        print(f"FIGURE connection refused: done {world.at('succeeded', job_id) - up:.2f} s after the app is back")
+        took = world.at("succeeded", job_id) - up
+        print(f"FIGURE connection refused: done {took:.2f} s after the app is back")
+        assert took < 3
 
 
 @pytest.mark.parametrize("tries", [1, 2])
@@ -469,7 +476,7 @@ def test_max_job_failures_in_a_row_lead_to_another_machine_and_no_job_is_taken(w
     ("setting", "words"),
     [
         ({"HEELER_CHECK_COMMAND": "sh -c 'echo no GPU here; exit 3'"}, "exit code 3: no GPU here"),
-        ({"HEELER_CHECK_DISK": f"{1 << 60}"}, "at least 1.15e+09 GB asked for by --check-disk"),
+        ({"HEELER_CHECK_DISK": f"{1 << 60}"}, "GB asked for by --check-disk"),
     ],
     ids=["command", "disk"],
 )
@@ -478,7 +485,7 @@ def test_a_check_that_fails_leads_to_another_machine_and_no_job_is_taken(
 ) -> None:
     job_id = world.submit()
     world.app.start()
-    with world.worker("--app-url", world.app.url, **setting) as worker:
+    with world.worker("--app-url", world.app.url, env=setting) as worker:
         reason = eventually(lambda: [*world.salad.imds.reallocations], "it asks to be moved")[0][1]
         assert words in reason
         assert worker.wait_for("machine_unfit")["error"] == reason
@@ -504,7 +511,7 @@ def test_the_deletion_cost_is_0_then_grows_with_the_job_then_the_most_while_outp
 
     upload = storage.faults.add(Stall(), operation="PutObject")
     entry = {"bucket": BUCKET, "prefix": "{job_id}/", "local_path": "work/{job_id}/out"}
-    with world.idle_worker(**storage_environment(storage)):
+    with world.idle_worker(env=storage_environment(storage)):
         told(0)
         job_id = world.submit(sync={"after": [entry]})
         gate.wait()
@@ -574,7 +581,7 @@ def test_a_job_of_a_killed_runtime_is_taken_up_again_in_the_same_try_with_its_fo
 ) -> None:
     program = world.program(SAVES)
     environment = storage_environment(storage)
-    with world.worker(*program, **environment) as first:
+    with world.worker(*program, env=environment) as first:
         job_id = world.submit(sync=snapshots("done"))
         first.wait_for("committed")
         world.tell("saved")
@@ -586,7 +593,7 @@ def test_a_job_of_a_killed_runtime_is_taken_up_again_in_the_same_try_with_its_fo
     (old,) = world.program_calls(job_id)
     storage.stats.reset()
     restarted = time.monotonic()
-    with world.worker(*program, **environment) as second:
+    with world.worker(*program, env=environment) as second:
         assert world.done(job_id).output == b"answer"
         assert second.wait_for("job_received")["attempt"] == 2
     print(f"FIGURE killed while the app computes: done {world.at('succeeded', job_id) - restarted:.2f} s after start")
@@ -600,33 +607,38 @@ def test_a_job_of_a_killed_runtime_is_taken_up_again_in_the_same_try_with_its_fo
     assert not world.calls("RejectJob")
 
 
-@pytest.mark.parametrize("how", ["program", "other"])
-def test_a_job_of_a_killed_runtime_has_no_second_try_though_the_killing_goes_on(world: SaladWorld, how: str) -> None:
-    text = "def reply(request, job, id): await_('go'); return 200, b'done'\n"
-    gate = world.app.reply = Gate()
-    arguments = world.program(text) if how == "program" else ("--app-url", world.app.url)
-    if how == "other":
-        world.app.start()
+def test_a_job_whose_runtime_is_killed_again_and_again_stays_in_its_first_try(world: SaladWorld) -> None:
+    program = world.program("def reply(request, job, id): await_('go'); return 200, b'done'\n")
     job_id, following = world.submit(), world.submit()
-    asked: Callable[[], list[Any]] = (
-        (lambda: world.program_calls(job_id)) if how == "program" else (lambda: world.app.of(job_id))
-    )
-    for life in range(3):
-        with world.worker(*arguments) as worker:
-            eventually(lambda life=life: len(asked()) > life, f"life {life} has the job with the app")
+    for life in range(1, 4):
+        with world.worker(*program) as worker:
+            eventually(lambda: world.program_calls(job_id)[life - 1 :], f"life {life} has the job with the app")  # noqa: B023
             killed(worker)
     world.tell("go")
-    gate.open()
-    with world.worker(*arguments):
+    with world.worker(*program):
         world.done(job_id)
         world.done(following)
-    assert len(asked()) == 4
+        pids = [call["pid"] for call in world.program_calls(job_id)]
+        assert [pid for pid in pids if alive(pid)] == pids[3:]
+    assert len(set(pids)) == 4
+    assert [call["attempt"] for call in world.program_calls(job_id)] == ["1", "2", "3", "4"]
     assert not world.calls("RejectJob")
     assert [call.job_id for call in world.calls("AcceptJobs")] == ["", job_id, job_id, job_id]
-    if how == "program":
-        pids = [call["pid"] for call in world.program_calls(job_id)]
-        assert len(set(pids)) == 4
-        assert not any(alive(pid) for pid in pids)
+
+
+def test_an_app_that_something_else_started_is_given_the_job_of_a_killed_runtime_again(world: SaladWorld) -> None:
+    gate = world.app.reply = Gate(first_only=True)
+    with world.idle_worker() as first:
+        job_id, following = world.submit(), world.submit()
+        gate.wait()
+        killed(first)
+    gate.open()  # its answer finds nobody, and it is idle
+    with world.worker("--app-url", world.app.url):
+        world.done(job_id)
+        world.done_once(following)
+    assert [request.headers["heeler-attempt"] for request in world.app.of(job_id)] == ["1", "2"]
+    assert [call.job_id for call in world.calls("AcceptJobs")] == ["", job_id]
+    assert not world.calls("RejectJob")
 
 
 @pytest.mark.parametrize("applied", [False, True])
@@ -635,27 +647,30 @@ def test_the_answer_of_a_killed_runtime_is_sent_by_the_next_without_asking_the_a
 ) -> None:
     text = "def reply(request, job, id): return 200, id.encode()\n"
     program = world.program(text)
-    world.salad.faults.fail("CompleteJob", Code.UNAVAILABLE, 1 if applied else FOREVER, applied=applied)
+    if not applied:
+        world.salad.faults.fail("CompleteJob", Code.UNAVAILABLE, FOREVER)
     with world.worker(*program) as first:
+
+        def stop(event: str, _job: Job) -> None:
+            if event == "succeeded" and first.process.returncode is None:
+                first.signal(signal.SIGSTOP)  # before it hears that its answer is there
+
+        world.salad.call(world.salad.state.listeners.append, stop)
         job_id = world.submit()
-        if applied:  # before it hears that its answer is there
-            world.salad.call(world.salad.state.listeners.append, lambda event, _job: _stop_at(event, first))
         world.wait_calls("CompleteJob")
+        if applied:
+            world.at("succeeded", job_id)
         killed(first)
     world.salad.faults.clear()
     assert (world.folder / "state-a/salad.answer").exists()
     restarted = time.monotonic()
-    with world.worker(*program):
+    with world.worker(*program) as second:
         assert world.done(job_id).output == job_id.encode()
         following = world.submit()
         assert world.done(following).output == following.encode()
+        second.wait_for("job_settled", outcome="done", job_id=following)
         took = world.at("succeeded", following) - restarted
         print(f"FIGURE killed before CompleteJob, applied: {applied}: the next is done {took:.2f} s after start")
     assert len(world.program_calls(job_id)) == 1
     assert not world.calls("RejectJob")
     assert not (world.folder / "state-a/salad.answer").exists()
-
-
-def _stop_at(event: str, worker: Worker) -> None:
-    if event == "succeeded":
-        worker.signal(signal.SIGSTOP)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import pytest
 from heeler.job import Job, Result, Target
 from heeler.sources.base import Lease, LeaseLostError, LeaseState, SourceUnavailableError
 from heeler.wire.salad_queue import MESSAGE_BYTES
-from tests.support.salad_rig import Rig, files_in, running, until
-from tests.support.salad_script import HANG, HEARTBEAT, UNKNOWN_MESSAGE, ScriptedQueue, StubMachine, job
+from tests.support.salad_rig import scripted, until
+from tests.support.salad_script import HANG, HEARTBEAT, UNKNOWN_MESSAGE, StubMachine, job
 
 pytestmark = pytest.mark.anyio
 
@@ -31,24 +30,6 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@asynccontextmanager
-async def world(
-    folder: Path,
-    *streams: Any,
-    machine: StubMachine | None = None,
-    silence: float = 60.0,
-    unwanted_seconds: float = 30.0,
-    **answers: Any,
-) -> AsyncIterator[tuple[ScriptedQueue, Rig]]:
-    async with (
-        ScriptedQueue(*streams, **answers).serving() as queue,
-        running(
-            queue.endpoint, folder, machine or StubMachine(), silence=silence, unwanted_seconds=unwanted_seconds
-        ) as rig,
-    ):
-        yield queue, rig
-
-
 def lost(lease: Lease) -> Callable[[], bool]:
     """Whether the lease has said by itself that there is news."""
     heard = anyio.Event()
@@ -58,7 +39,7 @@ def lost(lease: Lease) -> Callable[[], bool]:
 
 async def test_a_job_comes_as_it_was_sent(tmp_path: Path) -> None:
     body = bytes(range(256))
-    async with world(tmp_path, [HEARTBEAT, job("a", body, port=9000, path="x/y"), HANG]) as (_, rig):
+    async with scripted(tmp_path, [HEARTBEAT, job("a", body, port=9000, path="x/y"), HANG]) as (_, rig):
         lease = await rig.take()
         assert lease.job == Job("a", body, Target(9000, "/x/y"), {"Salad-Job-Id": "a"})
         assert (lease.attempt, lease.attempts_ordered, lease.spends_tries) == (1, False, True)
@@ -70,7 +51,7 @@ async def test_a_job_comes_as_it_was_sent(tmp_path: Path) -> None:
 
 async def test_ten_megabytes_go_both_ways(tmp_path: Path) -> None:
     body = b"\xff" * MESSAGE_BYTES
-    async with world(tmp_path, [job("a", body), HANG]) as (queue, rig):
+    async with scripted(tmp_path, [job("a", body), HANG]) as (queue, rig):
         lease = await rig.take()
         assert lease.job.body == body
         await lease.complete(Result(status=200, body=body))
@@ -83,7 +64,7 @@ async def test_ten_megabytes_go_both_ways(tmp_path: Path) -> None:
 async def test_a_stream_that_is_refused_is_opened_again(tmp_path: Path, end: Code | None) -> None:
     """FAULTS, Salad 1."""
     ends = [] if end is None else [end]
-    async with world(tmp_path, ends, ends, [UNKNOWN_MESSAGE, job("a"), HANG]) as (queue, rig):
+    async with scripted(tmp_path, ends, ends, [UNKNOWN_MESSAGE, job("a"), HANG]) as (queue, rig):
         await (await rig.take()).complete(ANSWER)
         assert [call.job_id for call in queue.got("AcceptJobs")] == ["", "", ""]
         assert rig.events == ["queue_unreachable"], "told once in a row"
@@ -92,7 +73,7 @@ async def test_a_stream_that_is_refused_is_opened_again(tmp_path: Path, end: Cod
 @pytest.mark.parametrize("end", [Code.UNAVAILABLE, Code.NOT_FOUND, Code.PERMISSION_DENIED])
 async def test_a_service_that_goes_on_refusing_is_asked_ever_less_often(tmp_path: Path, end: Code) -> None:
     """FAULTS, Salad 6: 18 calls in 5 s."""
-    async with world(tmp_path, [end]) as (queue, rig):
+    async with scripted(tmp_path, [end]) as (queue, rig):
         assert await rig.nothing(wait=5.0)
         times = [call.time for call in queue.calls]
         assert 4 <= len(times) <= 8
@@ -104,7 +85,7 @@ async def test_a_service_that_goes_on_refusing_is_asked_ever_less_often(tmp_path
 async def test_a_service_that_drops_every_stream_at_once_is_not_asked_in_a_hot_loop(
     tmp_path: Path, end: Code | None
 ) -> None:
-    async with world(tmp_path, [HEARTBEAT, *([end] if end else [])]) as (queue, rig):
+    async with scripted(tmp_path, [HEARTBEAT, *([end] if end else [])]) as (queue, rig):
         assert await rig.nothing(wait=5.0)
         assert 5 <= len(queue.calls) <= 12, "about one a second"
 
@@ -112,7 +93,7 @@ async def test_a_service_that_drops_every_stream_at_once_is_not_asked_in_a_hot_l
 @pytest.mark.parametrize("refusal", [Code.UNAUTHENTICATED, Code.PERMISSION_DENIED])
 async def test_a_refused_token_is_replaced_at_once(tmp_path: Path, refusal: Code) -> None:
     machine = StubMachine("old", "new")
-    async with world(tmp_path, [refusal], [job("a"), HANG], machine=machine) as (queue, rig):
+    async with scripted(tmp_path, [refusal], [job("a"), HANG], machine=machine) as (queue, rig):
         start = time.monotonic()
         await rig.take()
         assert time.monotonic() - start < 0.5
@@ -125,7 +106,7 @@ async def test_a_refused_token_is_replaced_at_once(tmp_path: Path, refusal: Code
 async def test_a_token_refused_for_an_answer_is_replaced_at_once(tmp_path: Path, refusal: Code, how: str) -> None:
     machine = StubMachine("old", "new")
     script: dict[str, Any] = {how: [refusal, None]}
-    async with world(tmp_path, [job("a"), HANG], machine=machine, **script) as (queue, rig):
+    async with scripted(tmp_path, [job("a"), HANG], machine=machine, **script) as (queue, rig):
         lease = await rig.take()
         await (lease.complete(ANSWER) if how == "CompleteJob" else lease.release())
         assert [call.token for call in queue.got(how)] == ["old", "new"]
@@ -136,7 +117,7 @@ async def test_no_token_is_ever_told(tmp_path: Path) -> None:
     machine = StubMachine(TOKEN)
     streams = [[Code.UNAUTHENTICATED], [Code.PERMISSION_DENIED], [Code.INTERNAL], [job("a"), Code.INTERNAL]]
     refusals = [Code.INTERNAL, Code.UNAUTHENTICATED, Code.UNAUTHENTICATED, Code.INVALID_ARGUMENT]
-    async with world(tmp_path, *streams, machine=machine, CompleteJob=refusals) as (queue, rig):
+    async with scripted(tmp_path, *streams, machine=machine, CompleteJob=refusals) as (queue, rig):
         queue.details = f"what is {TOKEN}?"
         lease = await rig.take()
         told = [repr(rig.source), repr(lease), repr(lease.job)]
@@ -154,7 +135,7 @@ async def test_no_token_is_ever_told(tmp_path: Path) -> None:
 
 async def test_a_silent_stream_counts_as_broken_and_is_opened_again_for_the_job_that_we_have(tmp_path: Path) -> None:
     streams = [[HANG], [job("a"), 0.3, HEARTBEAT, HANG], [HEARTBEAT, HANG]]
-    async with world(tmp_path, *streams, silence=0.5) as (queue, rig):
+    async with scripted(tmp_path, *streams, silence=0.5) as (queue, rig):
         lease = await rig.take()
         await until(lambda: queue.open == 0)
         with pytest.raises(SourceUnavailableError):
@@ -171,7 +152,7 @@ async def test_a_silent_stream_counts_as_broken_and_is_opened_again_for_the_job_
 async def test_cancelled_is_not_believed_and_not_found_is(tmp_path: Path) -> None:
     go_on = anyio.Event()
     streams = [[job("a"), Code.CANCELLED], [HEARTBEAT, go_on, Code.NOT_FOUND], [job("b"), HANG]]
-    async with world(tmp_path, *streams) as (queue, rig):
+    async with scripted(tmp_path, *streams) as (queue, rig):
         lease = await rig.take()
         await until(lambda: len(queue.calls) == 2 and rig.source.alive())
         assert await lease.extend() is LeaseState.HELD
@@ -190,7 +171,7 @@ async def test_cancelled_is_not_believed_and_not_found_is(tmp_path: Path) -> Non
 
 
 async def test_another_job_on_the_stream_means_that_ours_is_lost(tmp_path: Path) -> None:
-    async with world(tmp_path, [job("a"), job("a", b"again"), 0.1, job("b"), HANG]) as (queue, rig):
+    async with scripted(tmp_path, [job("a"), job("a", b"again"), 0.1, job("b"), HANG]) as (queue, rig):
         lease = await rig.take()
         await until(lost(lease), timeout=2.0)
         assert await lease.extend() is LeaseState.LOST
@@ -209,7 +190,7 @@ async def test_an_answer_without_an_answer_may_be_repeated_until_it_has_one(
 ) -> None:
     """NOT_FOUND then means that one of the calls before took effect."""
     script: dict[str, Any] = {how: [code, code, Code.NOT_FOUND]}
-    async with world(tmp_path, [job("a"), HANG], **script) as (queue, rig):
+    async with scripted(tmp_path, [job("a"), HANG], **script) as (queue, rig):
         lease = await rig.take()
         for _ in range(2):
             with pytest.raises(SourceUnavailableError):
@@ -223,7 +204,7 @@ async def test_an_answer_without_an_answer_may_be_repeated_until_it_has_one(
 @pytest.mark.parametrize("how", ["CompleteJob", "RejectJob"])
 async def test_not_found_at_once_means_that_the_job_is_no_longer_ours(tmp_path: Path, how: str) -> None:
     script: dict[str, Any] = {how: [Code.NOT_FOUND]}
-    async with world(tmp_path, [job("a"), 0.3, job("b"), HANG], **script) as (queue, rig):
+    async with scripted(tmp_path, [job("a"), 0.3, job("b"), HANG], **script) as (queue, rig):
         lease = await rig.take()
         for _ in range(2):
             with pytest.raises(LeaseLostError):
@@ -237,7 +218,7 @@ async def test_not_found_at_once_means_that_the_job_is_no_longer_ours(tmp_path: 
 @pytest.mark.parametrize("code", [Code.INVALID_ARGUMENT, Code.RESOURCE_EXHAUSTED])
 async def test_an_answer_that_is_not_acceptable_becomes_a_rejection(tmp_path: Path, code: Code) -> None:
     script: dict[str, Any] = {"CompleteJob": [code], "RejectJob": [Code.UNAVAILABLE, None]}
-    async with world(tmp_path, [job("a"), HANG], **script) as (queue, rig):
+    async with scripted(tmp_path, [job("a"), HANG], **script) as (queue, rig):
         lease = await rig.take()
         with pytest.raises(SourceUnavailableError):
             await lease.complete(ANSWER)
@@ -247,7 +228,7 @@ async def test_an_answer_that_is_not_acceptable_becomes_a_rejection(tmp_path: Pa
 
 
 async def test_a_repeated_answer_finds_out_what_a_call_that_hung_did(tmp_path: Path) -> None:
-    async with world(tmp_path, [job("a"), HANG], CompleteJob=[HANG, Code.NOT_FOUND]) as (queue, rig):
+    async with scripted(tmp_path, [job("a"), HANG], CompleteJob=[HANG, Code.NOT_FOUND]) as (queue, rig):
         lease = await rig.take()
         with anyio.move_on_after(0.3) as scope:
             await lease.complete(ANSWER)
@@ -260,7 +241,7 @@ async def test_a_repeated_answer_finds_out_what_a_call_that_hung_did(tmp_path: P
 async def test_the_next_job_shows_that_an_unanswered_call_took_effect(tmp_path: Path) -> None:
     answered = anyio.Event()
     stream = [job("a"), answered, job("b"), HANG]
-    async with world(tmp_path, stream, CompleteJob=[HANG, Code.NOT_FOUND]) as (queue, rig):
+    async with scripted(tmp_path, stream, CompleteJob=[HANG, Code.NOT_FOUND]) as (queue, rig):
         lease = await rig.take()
         with anyio.move_on_after(0.3):
             await lease.complete(ANSWER)
@@ -275,7 +256,7 @@ async def test_the_next_job_may_come_before_the_answer_to_our_answer(tmp_path: P
     """Also if it is the same one, rejected just now."""
     rejected, sent = anyio.Event(), anyio.Event()
     stream = [job("a"), rejected, job("a"), 0.2, HANG]
-    async with world(tmp_path, stream, RejectJob=[sent]) as (_, rig):
+    async with scripted(tmp_path, stream, RejectJob=[sent]) as (_, rig):
         lease = await rig.take()
         async with anyio.create_task_group() as group:
             group.start_soon(lease.release)
@@ -292,7 +273,7 @@ async def test_the_next_job_may_come_before_the_answer_to_our_answer(tmp_path: P
 async def test_what_the_program_says_decides_between_the_two_calls(tmp_path: Path) -> None:
     ended = [anyio.Event() for _ in range(4)]
     stream = [job("1"), ended[0], job("2"), ended[1], job("3"), ended[2], job("4"), ended[3], HANG]
-    async with world(tmp_path, stream) as (queue, rig):
+    async with scripted(tmp_path, stream) as (queue, rig):
         await (await rig.take()).fail("404", result=Result(status=404, body=b"none"))
         ended[0].set()
         await (await rig.take()).fail("no document", result=Result())
@@ -309,115 +290,7 @@ async def test_what_the_program_says_decides_between_the_two_calls(tmp_path: Pat
 @pytest.mark.parametrize("job_id", ["../../etc", "a/b", "", "x" * 300])
 async def test_a_job_whose_id_can_not_stand_in_paths_is_rejected(tmp_path: Path, job_id: str) -> None:
     script: dict[str, Any] = {"RejectJob": [Code.INVALID_ARGUMENT if not job_id else None]}
-    async with world(tmp_path, [job(job_id), 0.3, job("b"), HANG], **script) as (queue, rig):
+    async with scripted(tmp_path, [job(job_id), 0.3, job("b"), HANG], **script) as (queue, rig):
         assert (await rig.take()).job.id == "b"
         assert [call.job_id for call in queue.got("RejectJob")] == [job_id]
         assert rig.events[0] == "job_refused"
-
-
-async def test_a_job_that_nobody_asks_for_is_kept_for_a_while(tmp_path: Path) -> None:
-    async with world(tmp_path, [0.2, job("a"), HANG], unwanted_seconds=2.0) as (queue, rig):
-        assert await rig.nothing(wait=0.1)
-        await anyio.sleep(1.0)
-        assert (await rig.take(wait=0.0)).job.id == "a"
-        await anyio.sleep(2.5)
-        assert queue.open == 1, "a lease keeps the stream open"
-        assert queue.got("RejectJob") == []
-
-
-async def test_a_job_that_nobody_asks_for_is_rejected_then(tmp_path: Path) -> None:
-    script: dict[str, Any] = {"RejectJob": [Code.UNAVAILABLE, None]}
-    async with world(tmp_path, [0.2, job("a"), HANG], [job("b"), HANG], unwanted_seconds=0.6, **script) as (queue, rig):
-        assert await rig.nothing(wait=0.1)
-        await until(lambda: len(queue.got("RejectJob")) == 2)
-        assert [call.open for call in queue.got("RejectJob")] == [0, 0], "or the next would come at once"
-        await anyio.sleep(0.5)
-        assert len(queue.got("AcceptJobs")) == 1
-        assert (await rig.take()).job.id == "b"
-
-
-async def test_a_job_that_waits_is_rejected_when_the_process_ends(tmp_path: Path) -> None:
-    async with ScriptedQueue([0.2, job("a"), HANG]).serving() as queue:
-        async with running(queue.endpoint, tmp_path, StubMachine()) as rig:
-            assert await rig.nothing(wait=0.1)
-            await until((tmp_path / "salad.job").exists)
-        assert [call.open for call in queue.got("RejectJob")] == [0]
-    assert files_in(tmp_path) == []
-
-
-async def test_a_pause_closes_the_stream_before_the_answer_is_told(tmp_path: Path) -> None:
-    async with world(tmp_path, [job("a"), HANG], [job("b"), HANG]) as (queue, rig):
-        lease = await rig.take()
-        assert queue.open == 1
-        await rig.source.pause()
-        await rig.source.pause()
-        await lease.release()
-        assert [call.open for call in queue.got("RejectJob")] == [0]
-        await anyio.sleep(0.5)
-        assert len(queue.got("AcceptJobs")) == 1
-        start = time.monotonic()
-        assert (await rig.take()).job.id == "b"
-        assert time.monotonic() - start < 0.5
-        assert [call.job_id for call in queue.got("AcceptJobs")] == ["", ""]
-
-
-async def test_without_anybody_who_asks_there_is_no_stream(tmp_path: Path) -> None:
-    async with world(tmp_path, [HEARTBEAT, HANG]) as (queue, rig):
-        await anyio.sleep(0.3)
-        assert queue.calls == []
-        with anyio.move_on_after(0.3):
-            await rig.source.receive(wait=10.0)
-        await until(lambda: queue.open == 0)
-        assert len(queue.calls) == 1
-
-
-async def test_no_stream_is_opened_before_the_machine_is_ready(tmp_path: Path) -> None:
-    machine = StubMachine()
-    machine.is_ready = False
-    async with world(tmp_path, [job("a"), HANG], machine=machine) as (queue, rig):
-        assert await rig.nothing(wait=1.0)
-        machine.is_ready = True
-        assert queue.calls == []
-        await rig.take()
-        assert 4.5 <= machine.asked[1] - machine.asked[0] <= 6.0
-        assert rig.faults == []
-
-
-async def test_a_metadata_service_that_fails_is_asked_again_soon(tmp_path: Path) -> None:
-    """FAULTS, Salad 2: one 500 cost 120 s."""
-    machine = StubMachine()
-    machine.is_ready = SourceUnavailableError("500")
-    async with world(tmp_path, [job("a"), HANG], machine=machine) as (_, rig):
-        assert await rig.nothing(wait=4.0)
-        assert 4 <= len(machine.asked) <= 9
-        machine.is_ready = True
-        start = time.monotonic()
-        await rig.take()
-        assert time.monotonic() - start < 2.0
-        assert rig.events == ["machine_unreachable"], "told once in a row"
-
-
-async def test_a_token_that_can_not_be_had_is_asked_for_again_soon(tmp_path: Path) -> None:
-    machine = StubMachine(SourceUnavailableError("connection refused"), "token-2")
-    async with world(tmp_path, [job("a"), HANG], machine=machine) as (_, rig):
-        assert await rig.nothing(wait=1.0)
-        machine.tokens.pop(0)
-        lease = await rig.take()
-        machine.tokens.insert(0, SourceUnavailableError("connection refused"))
-        with pytest.raises(SourceUnavailableError):
-            await lease.complete(ANSWER)
-        machine.tokens.pop(0)
-        await lease.complete(ANSWER)
-
-
-async def test_an_answer_that_was_never_sent_is_not_taken_for_one(tmp_path: Path) -> None:
-    """Without a token there was no call, so NOT_FOUND means that the job was lost."""
-    machine = StubMachine()
-    async with world(tmp_path, [job("a"), HANG], machine=machine, CompleteJob=[Code.NOT_FOUND]) as (_, rig):
-        lease = await rig.take()
-        machine.tokens.insert(0, SourceUnavailableError("connection refused"))
-        with pytest.raises(SourceUnavailableError):
-            await lease.complete(ANSWER)
-        machine.tokens.pop(0)
-        with pytest.raises(LeaseLostError):
-            await lease.complete(ANSWER)

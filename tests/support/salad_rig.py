@@ -15,6 +15,7 @@ from heeler.sources import SourceRequest
 from heeler.sources.base import Lease, Machine
 from heeler.sources.salad import SaladSource
 from heeler.tasks import background
+from tests.support.salad_script import ScriptedQueue, StubMachine
 
 
 class Rig:
@@ -39,7 +40,7 @@ class Rig:
 
 @asynccontextmanager
 async def running(
-    endpoint: str, folder: Path, machine: Machine, *, silence: float = 60.0, **options: Any
+    endpoint: str, folder: Path, machine: Machine, *, silence: float = 60.0, tls: bool = False, **options: Any
 ) -> AsyncIterator[Rig]:
     """A running source. At its end it ends as a process that is killed, unless a job waits on it."""
     faults: list[tuple[str, dict[str, object]]] = []
@@ -47,7 +48,7 @@ async def running(
         "salad",
         "worker-1",
         folder,
-        settings=Settings(salad_endpoint=endpoint, salad_use_tls=False, salad_silence=silence),
+        settings=Settings(salad_endpoint=endpoint, salad_use_tls=tls, salad_silence=silence),
         machine=machine,
         on_fault=lambda event, **fields: faults.append((event, fields)),
     )
@@ -58,6 +59,25 @@ async def running(
     finally:
         with anyio.CancelScope(shield=True):
             await source.aclose()
+
+
+@asynccontextmanager
+async def scripted(
+    folder: Path,
+    *streams: Any,
+    machine: StubMachine | None = None,
+    silence: float = 60.0,
+    unwanted_seconds: float = 30.0,
+    **answers: Any,
+) -> AsyncIterator[tuple[ScriptedQueue, Rig]]:
+    """A scripted service, and a source that is running on it."""
+    async with (
+        ScriptedQueue(*streams, **answers).serving() as queue,
+        running(
+            queue.endpoint, folder, machine or StubMachine(), silence=silence, unwanted_seconds=unwanted_seconds
+        ) as rig,
+    ):
+        yield queue, rig
 
 
 async def until(true: Callable[[], bool], timeout: float = 10.0) -> float:

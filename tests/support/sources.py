@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -80,7 +80,7 @@ def _document(job_id: str, max_failures: int) -> bytes:
     return json.dumps({"id": job_id, "command": "true", "max_failures": max_failures}).encode()
 
 
-class LocalWorld:
+class LocalWorld(SourceWorld):
     """`local:FOLDER`."""
 
     backend, moment = VIRTUAL, 1.0
@@ -125,7 +125,7 @@ class LocalWorld:
         self._desk.close()
 
 
-class OnceWorld:
+class OnceWorld(SourceWorld):
     """`once`: a restarted worker is the only second one there can be."""
 
     backend, moment = VIRTUAL, 1.0
@@ -160,13 +160,11 @@ class OnceWorld:
         return
 
 
-class SaladWorld:
+class SaladWorld(SourceWorld):
     """`salad`, against the rules of `heeler.local`, which run in a thread of their own and in real time."""
 
     backend, moment = "asyncio", 0.3
     many, lapses, reclaims, cancels, tries = True, True, False, LeaseState.LOST, TRIES
-
-    _STATES: Mapping[JobStatus, str] = {JobStatus.SUCCEEDED: "done"}
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -207,8 +205,8 @@ class SaladWorld:
 
     def state(self, job_id: str) -> tuple[str, int]:
         job = self._salad.job(job_id)
-        running = job.status in (JobStatus.RUNNING, JobStatus.SUCCEEDED)
-        return self._STATES.get(job.status, job.status.value), job.tries - running
+        state = "done" if job.status is JobStatus.SUCCEEDED else job.status.value
+        return state, job.tries - (state in ("running", "done"))
 
     def close(self) -> None:
         self._salad.__exit__(None, None, None)

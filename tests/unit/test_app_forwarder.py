@@ -200,9 +200,21 @@ async def test_interrupted_jobs_do_not_count_whatever_the_other_lanes_do(concurr
 
 async def test_a_job_in_any_lane_is_no_idleness() -> None:
     delivery = Delivery(seconds=100)
-    world = World(["long"], delivery, concurrency=3, exit_when_idle=10.0, verdict=None)
-    assert await world.run() == pytest.approx(100 + 10, abs=2)
+    world = World(["long"], delivery, concurrency=2, exit_when_idle=10.0, verdict=None)
+    late = NotedLease(world.notes, "late")
+
+    async def submit() -> None:
+        await anyio.sleep(50)
+        world.source.script.append(late)
+
+    begun = anyio.current_time()
+    async with anyio.create_task_group() as group:
+        group.start_soon(submit)
+        await world.run()
     assert world.how() == [["complete"]]
+    assert late.how == ["complete"]
+    assert delivery.times[1] - begun < 75, "the other lane is still there to take it"
+    assert anyio.current_time() - delivery.times[1] == pytest.approx(100 + 10, abs=2)
 
 
 async def test_lanes_that_are_idle_all_together_end_all() -> None:

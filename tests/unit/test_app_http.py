@@ -13,6 +13,7 @@ import pytest
 from heeler.app.base import GivenUp
 from heeler.app.http import headers_of, retry_after
 from heeler.app.process import Exit
+from heeler.app.readiness import Address
 from heeler.http import Answer, NoAnswerError, SilentError, TooLargeError
 from heeler.job import Job, Outcome, Result, Target
 from tests.support.apps import CALL, Delivered, FakeChild, Script
@@ -213,7 +214,46 @@ async def test_an_app_that_dies_midway_is_named_with_how_it_ended(first: str) ->
     assert not world.delivery.available, "seen before the job is settled, so that no other is asked for"
 
 
+@pytest.mark.parametrize("error", [NoAnswerError("closed", sent=True), NoAnswerError("refused", sent=False)])
+async def test_an_app_that_gave_no_answer_is_looked_at_before_the_job_is_settled(error: Exception) -> None:
+    """Else the next job would be asked for, and sent to nobody."""
+    world = Delivered(raises(error), ours=False)
+    world.readiness.why = "nothing answers on port 80"
+    await world.delivery.deliver(world.assignment(), world.drain)
+    assert not world.delivery.available
+
+
 # What is sent.
+
+
+async def test_the_queue_names_the_port_unless_the_settings_do() -> None:
+    world = Delivered(answers(200), ours=False)
+    await world.delivery.deliver(world.assignment(Job("j", b"", Target(8081, "/x"))), world.drain)
+    world.readiness._given = None
+    await world.delivery.deliver(world.assignment(Job("j", b"", Target(8081, "/x"))), world.drain)
+    await world.delivery.deliver(world.assignment(Job("j", b"", Target(8082, "/x"))), world.drain)
+    assert world.readiness.asked == [
+        Address("app", 80, "/base"),
+        Address("localhost", 8081),
+        Address("localhost", 8082),
+    ]
+    assert [call["path"] for call in world.sent] == ["/base/x", "/x", "/x"]
+
+
+async def test_a_job_for_another_port_waits_until_that_one_answers() -> None:
+    world = Delivered(answers(200), ours=False)
+    world.readiness._given = None
+    world.readiness.why = "nothing answers on port 8081"
+
+    async def get_ready() -> None:
+        await anyio.sleep(20)
+        assert world.sent == []
+        world.readiness.set(ready=True)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(get_ready)
+        job = Job("j", b"", Target(8081, "/x"))
+        assert (await world.delivery.deliver(world.assignment(job), world.drain)).outcome is Outcome.DONE
 
 
 async def test_the_body_goes_out_byte_for_byte_with_the_limits_of_the_settings() -> None:

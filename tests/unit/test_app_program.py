@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -270,12 +271,38 @@ async def test_nothing_is_left_of_its_descendants(tmp_path: Path, how: str) -> N
 
 
 async def test_cancelled_it_is_asked_politely_first(tmp_path: Path) -> None:
-    script = "trap 'echo bye > $W/bye; exit 0' TERM; echo up; while :; do sleep 0.01; done"
+    script = "trap 'echo bye > $W/bye; echo last word; exit 0' TERM; echo up; while :; do sleep 0.01; done"
     world = World(tmp_path, ["bash", "-c", script])
     async with world.running():
         await world.life()
         await world.up()
     assert (tmp_path / "bye").read_text() == "bye\n"
+    assert "last word\n" in world.log.read_text()
+
+
+async def test_cancelled_what_it_printed_before_is_not_lost(tmp_path: Path) -> None:
+    script = "touch $W/up; for n in 1 2 3 4 5; do head -c 30000 /dev/zero; done; touch $W/all; sleep 1000"
+    world = World(tmp_path, ["bash", "-c", script])
+    async with world.running():
+        await world.life()
+        await until((tmp_path / "all").exists)
+    assert len(world.log.read_bytes()) == 150_000
+
+
+async def test_a_reader_that_hangs_does_not_keep_it_from_being_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(program_module, "passed_to", lambda _stream: lambda _data: release.wait(20))
+    monkeypatch.setattr(process_module, "_DRAIN_OUTPUT_SECONDS", 0.1)
+    world = World(tmp_path, ["bash", "-c", "echo up; sleep 1000"])
+    async with world.running():
+        life = await world.life()
+        await world.up()
+        begun = time.monotonic()
+    assert gone(life.child.started.group)
+    assert time.monotonic() - begun < 5
+    release.set()
 
 
 async def test_in_a_drain_a_stubborn_program_is_gone_before_the_deadline(tmp_path: Path) -> None:
@@ -284,6 +311,20 @@ async def test_in_a_drain_a_stubborn_program_is_gone_before_the_deadline(tmp_pat
         life = await world.life()
         await world.up()
         world.drain.begin("SIGTERM")
+    assert gone(life.child.started.group)
+    assert world.drain.left() > 0
+
+
+async def test_a_drain_in_the_middle_of_a_restart_hastens_it(tmp_path: Path) -> None:
+    world = World(tmp_path, STUBBORN, grace=2.0)
+    async with world.running() as program:
+        life = await world.life()
+        await world.up()
+        async with anyio.create_task_group() as group:
+            group.start_soon(program.restart)
+            await anyio.sleep(0.1)
+            assert not life.over.is_set()
+            world.drain.begin("SIGTERM")
     assert gone(life.child.started.group)
     assert world.drain.left() > 0
 

@@ -138,7 +138,7 @@ async def test_with_a_health_path_its_answer_counts(status: int) -> None:
         async with world.running() as readiness:
             await until(lambda: len(server.requests) > 2)
             assert not readiness.available
-            server.status = 204
+            server.status = 201
             await readiness.ready()
             server.status = status
             await readiness.unready.wait()

@@ -13,13 +13,13 @@ import pytest
 from heeler.checkpoints import Checkpoints
 from heeler.control.server import bind, serve
 from heeler.drain import Drain
-from heeler.status import Status
+from heeler.status import Phase, Status
 
 
-def ask(host: str, port: int, headers: dict[str, str]) -> int:
+def ask(host: str, port: int, headers: dict[str, str], path: str = "/healthz") -> int:
     connection = http.client.HTTPConnection(host, port, timeout=5)
     try:
-        connection.request("GET", "/healthz", headers=headers)
+        connection.request("GET", path, headers=headers)
         return connection.getresponse().status
     finally:
         connection.close()
@@ -32,7 +32,7 @@ def answers(address: str, state_dir: Path, *asked: dict[str, str]) -> tuple[list
         listener = bind(f"{address}:0")
         host, port = listener.getsockname()[:2]
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(serve, listener, status, Drain(1), Checkpoints(), state_dir)
+            tasks.start_soon(serve, listener, status, Drain(1), Checkpoints(), lambda: True, state_dir)
             with anyio.fail_after(20):
                 found = [await anyio.to_thread.run_sync(ask, host, port, headers) for headers in asked]
             tasks.cancel_scope.cancel()
@@ -54,3 +54,21 @@ def test_a_state_folder_that_can_not_be_written_is_a_fault_and_it_serves_all_the
     assert found == [200]
     assert [fault["event"] for fault in status["faults"]] == ["control_address_not_kept"]
     assert f"{tmp_path}/not-there/control" in status["faults"][0]["error"]
+
+
+def test_it_is_ready_only_while_the_program_could_take_a_job(tmp_path: Path) -> None:
+    async def run() -> list[int]:
+        listener = bind("127.0.0.1:0")
+        host, port = listener.getsockname()[:2]
+        status, available = Status(lambda *_: None, worker="w", source="s"), False
+        found = []
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(serve, listener, status, Drain(1), Checkpoints(), lambda: available, tmp_path)
+            with anyio.fail_after(20):
+                for phase, available in ((Phase.START, True), (Phase.RECEIVE, False), (Phase.RECEIVE, True)):
+                    status.enter(phase)
+                    found.append(await anyio.to_thread.run_sync(ask, host, port, {}, "/readyz"))
+            tasks.cancel_scope.cancel()
+        return found
+
+    assert anyio.run(run) == [503, 503, 200]

@@ -60,7 +60,8 @@ class Attempt:
         """Work until the attempt ends, the lease ends, or the drain leaves just enough time to tell the queue."""
         ending = None
         with self._keeper.ended.ends(), self._drain.until_nearly_over():
-            ending = await self._work()
+            if not self._keeper.ended.is_set():  # between two tries: work without folders reaches the app uncancelled
+                ending = await self._work()
         if self._keeper.state is LeaseState.CANCELLED:
             return Ending(Outcome.CANCELLED, "cancelled")
         if self._keeper.state is LeaseState.LOST:

@@ -47,4 +47,8 @@ class Checkpoints:
         """
         if not self._takes:
             raise NoJobError("no job is running here now")
-        return [generation for take in [*self._takes] for generation in await take()]
+        found: list[Generation] = []
+        for take in [*self._takes]:
+            if take in self._takes:  # else its job has ended meanwhile
+                found.extend(await take())
+        return found

@@ -25,6 +25,9 @@ else:
 PREFIX = "HEELER_"
 MASK = "********"
 
+_LONGEST = 1e9
+"""Seconds; a socket's time-out can't be much longer."""
+
 _USER_IN_URL = re.compile(r"//.*@")
 _SERVICE_LINK = re.compile(
     r"HEELER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)", re.ASCII
@@ -48,6 +51,13 @@ def _text(value: str) -> str:
 def _seconds(value: str) -> float:
     number = float(value)
     if not 0 <= number < float("inf"):
+        raise ValueError
+    return number
+
+
+def _limit(value: str) -> float:
+    number = float(value)
+    if not 0 < number <= _LONGEST:
         raise ValueError
     return number
 
@@ -99,6 +109,7 @@ def _choice(*choices: str) -> Callable[[str], str]:
 
 _text.__doc__ = "a text"
 _seconds.__doc__ = "a number of seconds, 0 or more"
+_limit.__doc__ = f"a number of seconds above 0, up to {_LONGEST:g}"
 _milliseconds.__doc__ = "a number of milliseconds, 0 or more"
 _count.__doc__ = "a whole number, 1 or more"
 _number.__doc__ = "a whole number, 0 or more"
@@ -166,10 +177,10 @@ class Settings:
     app_url: str | None = _setting(None, "where the app answers; the port that the program listens on if unset")
     app_path: str = _setting("/", "the path to POST jobs to, where the queue names none", _path)
     app_health_path: str | None = _setting(None, "a path that answers 2xx while the app can take a job", _path)
-    app_start_timeout: float = _setting(600.0, "how long the app may take to be ready", _seconds)
+    app_start_timeout: float = _setting(600.0, "how long a job that is there waits for the app to be ready", _seconds)
     app_max_restarts: int = _setting(5, "end with the app's exit code after so many restarts without a job", _number)
-    app_silence: float = _setting(86400.0, "without a byte of an answer, before the app counts as hanging", _seconds)
-    app_timeout: float = _setting(604800.0, "the longest that one job may take in the app", _seconds)
+    app_silence: float = _setting(86400.0, "without a byte of an answer, before the app counts as hanging", _limit)
+    app_timeout: float = _setting(604800.0, "the longest that one job may take in the app", _limit)
     app_answer_bytes: int = _setting(10 << 20, "the largest answer of the app, in bytes", _count)
     app_tries: int = _setting(
         3, "so often a transient failure is tried here before a try of the queue is spent", _count
@@ -178,7 +189,7 @@ class Settings:
         "job-queue-worker-api.salad.com:443", "host:port of the Salad Job Queue", aliases=("SALAD_SERVICE_ENDPOINT",)
     )
     salad_use_tls: bool = _setting(True, "talk TLS to it", _flag, aliases=("SALAD_SERVICE_USE_TLS",))
-    salad_silence: float = _setting(60.0, "without a heartbeat, before its stream counts as broken", _seconds)
+    salad_silence: float = _setting(60.0, "without a heartbeat, before its stream counts as broken", _limit)
     metadata_uri: str = _setting(
         "http://169.254.169.254:80", "the metadata service of SaladCloud's machines", aliases=("SALAD_METADATA_URI",)
     )

@@ -28,7 +28,11 @@ from heeler.tasks import alongside
 
 _RECEIVE_SECONDS = 20.0
 _HERE_AGAIN = (1.0, 30.0)
+_LONGEST_HERE = 300.0
+"""Seconds: an app that wants to rest for longer does so without a job that is ours."""
 _PAUSE_SECONDS = 5.0
+_TELL_SECONDS = 0.5
+"""What a pause leaves of a drain's last second, in which the queue is told."""
 
 
 class Forwarder:
@@ -201,6 +205,7 @@ class Forwarder:
             ending, settled = await self._with_files(lease, keeper, files, last=tries <= 0)
             if settled:
                 return ending
+            self._status.enter(Phase.RESTORE)
             with anyio.move_on_after(max(ending.delay, backoff.next())), keeper.ended.ends():
                 await self._drain.requested.wait()
 
@@ -213,7 +218,8 @@ class Forwarder:
                 attempt = Attempt(lease, keeper, files, self._delivery, self._drain, self._status, self._checkpoints)
                 ending = await attempt.run()
                 worked.set()
-                if ending.transient and not last and not self._drain.requested.is_set():
+                again = ending.transient and ending.delay <= _LONGEST_HERE
+                if again and not last and not self._drain.requested.is_set():
                     self._status.fault("tried_again_here", error=ending.reason)
                     return ending, False
                 if files.durable():
@@ -224,7 +230,7 @@ class Forwarder:
 
     async def _settle(self, lease: Lease, keeper: LeaseKeeper, ending: Ending, files: Files | None = None) -> Ending:
         if not self._goes_on(ending):
-            with anyio.move_on_after(_PAUSE_SECONDS):
+            with anyio.move_on_after(_PAUSE_SECONDS), self._drain.deadline.ends(_TELL_SECONDS):
                 await self._source.pause()
         ending, told = await self._settling.settle(lease, keeper, ending)
         keeper.rest()  # an extension now would find a lease that is settled

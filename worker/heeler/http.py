@@ -10,6 +10,7 @@ import http.client
 import select
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ _BODILESS = (204, 304)
 """What has no body, whatever its headers say; what a sloppy server sends all the same is not the next answer."""
 _KEPT = 16
 """Idle connections that are kept."""
+_IDLE_SECONDS = 1.0
+"""So long a connection is kept: servers close idle ones, many after 2 or 5 s, perhaps just as we send a request."""
 
 
 class NoAnswerError(Exception):
@@ -72,7 +75,7 @@ class HttpClient:
         self.host = host
         self.port = port
         self._connect_timeout = connect_timeout
-        self._idle: list[http.client.HTTPConnection] = []
+        self._idle: list[tuple[float, http.client.HTTPConnection]] = []
         self._threads = anyio.CapacityLimiter(1000)
         self._closed = False
 
@@ -108,7 +111,7 @@ class HttpClient:
             exchange.abort()
             raise
         if exchange.reusable and len(self._idle) < _KEPT and not self._closed:
-            self._idle.append(exchange.connection)
+            self._idle.append((time.monotonic(), exchange.connection))
         else:
             exchange.connection.close()
         return answer
@@ -117,12 +120,13 @@ class HttpClient:
         """Close all connections: those of calls under way when they end."""
         self._closed = True
         while self._idle:
-            self._idle.pop().close()
+            self._idle.pop()[1].close()
 
     def _connection(self) -> http.client.HTTPConnection:
         while self._idle:
-            found = self._idle.pop()
-            if found.sock is not None and not _is_readable(found.sock):
+            since, found = self._idle.pop()
+            fresh = time.monotonic() - since < _IDLE_SECONDS
+            if fresh and found.sock is not None and not _is_readable(found.sock):
                 return found
             found.close()  # what comes unasked on an idle connection is its end
         return _Connection(self.host, self.port, timeout=self._connect_timeout)

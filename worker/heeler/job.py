@@ -179,7 +179,7 @@ def parse_document(body: bytes) -> JobDocument:
     if not isinstance(data, dict):
         raise InvalidJobError("document", "is not a JSON object")
     try:
-        _refuse_half_characters(data, ())
+        refuse_half_characters(data, ())
     except RecursionError:
         raise InvalidJobError("document", "is nested too deeply") from None
     _refuse_what_comes_later(data)
@@ -189,18 +189,22 @@ def parse_document(body: bytes) -> JobDocument:
         raise first_fault(error) from None
 
 
-def _refuse_half_characters(data: object, where: tuple[str, ...]) -> None:
-    """JSON can escape half of a surrogate pair, which no file, environment, queue or storage can hold."""
+def refuse_half_characters(data: object, where: tuple[str, ...]) -> None:
+    """JSON can escape half of a surrogate pair, which no file, environment, queue or storage can hold.
+
+    Raises:
+        InvalidJobError: There is one; `where` the data is found in the message is named.
+    """
     if isinstance(data, str) and not _is_whole(data):
         raise InvalidJobError(".".join(where), "contains half of a surrogate pair, which is no character")
     if isinstance(data, dict):
         for name, value in data.items():
             if not _is_whole(name):
                 raise InvalidJobError(".".join(where) or "document", f"the name {name!a} contains half of a character")
-            _refuse_half_characters(value, (*where, name))
+            refuse_half_characters(value, (*where, name))
     elif isinstance(data, list):
         for index, value in enumerate(data):
-            _refuse_half_characters(value, (*where, str(index)))
+            refuse_half_characters(value, (*where, str(index)))
 
 
 def _is_whole(text: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from heeler.job import InvalidJobError, Job, SyncSpec, check_job_id, first_fault
+from heeler.job import InvalidJobError, Job, SyncSpec, check_job_id, first_fault, refuse_half_characters
 
 _NOTHING = SyncSpec()
 _PARTS = {"before", "during", "after"}
@@ -45,7 +45,10 @@ def of_app_message(job: Job) -> Wanted:
     if not isinstance(found, dict) or not _PARTS & found.keys():
         return Wanted(_NOTHING)  # the app's own word
     try:
+        refuse_half_characters(found, ("sync",))
         return Wanted(SyncSpec.model_validate(found))
+    except RecursionError:
+        raise InvalidJobError("sync", "is nested too deeply") from None
     except ValidationError as error:
         fault = first_fault(error)
         where = "sync" if fault.field == "document" else f"sync.{fault.field}"

@@ -60,7 +60,7 @@ def _leave(log: Logger) -> NoReturn:
 
 def _with_job(configuration: Configuration, file: Path) -> Configuration:
     try:
-        document = file.read_text(encoding="utf-8")
+        document = file.read_bytes().decode("utf-8", "surrogateescape")  # an app gets it byte for byte
     except (OSError, ValueError) as error:
         raise UsageError(f"job file {file} can't be read: {getattr(error, 'strerror', None) or error}") from None
     settings = replace(configuration.settings, job=document, source=configuration.settings.source or "once")

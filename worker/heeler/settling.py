@@ -12,7 +12,7 @@ from heeler.drain import Drain
 from heeler.job import Ending, Outcome
 from heeler.lease import LeaseKeeper
 from heeler.scopes import Doubling
-from heeler.sources.base import Lease, LeaseLostError, SourceUnavailableError
+from heeler.sources.base import Lease, LeaseLostError, LeaseState, SourceUnavailableError
 from heeler.status import Phase, Status
 
 RETRY = (0.2, 5.0)
@@ -65,6 +65,10 @@ class Settling:
             except LeaseLostError as error:
                 self._status.fault("lease_lost", error=str(error))
                 ending, told = Ending(Outcome.LOST, "another worker has it"), True
+        if not told and keeper.state is LeaseState.LOST:
+            ending = Ending(Outcome.LOST, "another worker has it")
+        elif not told and keeper.state is LeaseState.CANCELLED:
+            ending = Ending(Outcome.CANCELLED, "cancelled")
         self._status.settled(ending, told=told)
         return ending, told
 

@@ -100,6 +100,10 @@ class Status:
         busy = (lane for lane in self._lanes if lane.job_id is not None)
         return _lane.get() or next(busy, self._lanes[0])
 
+    def _own_job(self) -> str | None:
+        """The job that an event is about: what is said outside of several lanes is about none of theirs."""
+        return (_lane.get() or self._lanes[0]).job_id
+
     @property
     def phase(self) -> Phase:
         """Where the worker is with its job."""
@@ -142,7 +146,7 @@ class Status:
         """Something went wrong; what we do about it is in the fields."""
         fields = self._clean(fields)
         with self._lock:
-            self.faults.append({"event": name, "time": time.time(), "job_id": self.job_id, **fields})
+            self.faults.append({"event": name, "time": time.time(), "job_id": self._own_job(), **fields})
         self._tell("warning", name, fields)
 
     def enter(self, phase: Phase) -> None:
@@ -182,14 +186,18 @@ class Status:
         self._changed()
 
     def _changed(self) -> None:
-        for listener in self.on_change:
-            listener()
+        token = _lane.set(None)  # a listener asks of the whole worker, not of the lane that has changed
+        try:
+            for listener in self.on_change:
+                listener()
+        finally:
+            _lane.reset(token)
 
     def _tell(self, level: str, name: str, fields: dict[str, object]) -> None:
         with self._lock:
             self.events[name] += 1
-        if self.job_id is not None:
-            fields = {"job_id": self.job_id, **fields}
+        if (job_id := self._own_job()) is not None:
+            fields = {"job_id": job_id, **fields}
         self._log(level, name, fields)
 
     def snapshot(self) -> dict[str, Any]:

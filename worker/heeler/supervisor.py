@@ -13,7 +13,6 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import anyio
@@ -80,7 +79,7 @@ async def supervise(
             on_gone=drain.begin,
             clean=status.clean,
         )
-        job = settings.job.encode() if settings.job is not None else None
+        job = settings.job.encode("utf-8", "surrogateescape") if settings.job is not None else None
         request = SourceRequest(spec, worker, settings.state_path, job, settings, imds, app is not None, status.fault)
         source = open_source(request)
         status.source = status.clean(source.name)
@@ -92,10 +91,10 @@ async def supervise(
                 return await runtime.run()
             raise AssertionError("background swallows nothing")
         finally:
-            with anyio.CancelScope(shield=True):
+            if imds is not None:
+                imds.close()
+            with anyio.move_on_after(_LAST_SECONDS, shield=True):  # nothing is owed any more
                 await source.aclose()
-                if imds is not None:
-                    imds.close()
     finally:
         journal.close()
 
@@ -159,9 +158,19 @@ class _Runtime:
     def _api(self) -> list[Callable[[], Awaitable[object]]]:
         if self._listener is None:
             return []
-        return [
-            partial(_serve, self._listener, self._status, self._drain, self._checkpoints, self._settings.state_path)
-        ]
+        return [partial(self._serve, self._listener)]
+
+    async def _serve(self, listener: socket.socket) -> None:
+        from heeler.control.server import serve  # noqa: PLC0415 - fastapi is only imported where it is used
+
+        await serve(
+            listener,
+            self._status,
+            self._drain,
+            self._checkpoints,
+            lambda: self._delivery.available,
+            self._settings.state_path,
+        )
 
     async def _prepare(self) -> Forwarder | None:
         """Check storage and the machine; None if the machine was left."""
@@ -249,14 +258,6 @@ def _listener(settings: Settings) -> socket.socket | None:
     from heeler.control.server import bind  # noqa: PLC0415 - fastapi is only imported where it is used
 
     return bind(settings.control)
-
-
-async def _serve(
-    listener: socket.socket, status: Status, drain: Drain, checkpoints: Checkpoints, state_dir: Path
-) -> None:
-    from heeler.control.server import serve  # noqa: PLC0415
-
-    await serve(listener, status, drain, checkpoints, state_dir)
 
 
 async def _announce_drain(drain: Drain, status: Status) -> None:

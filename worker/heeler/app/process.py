@@ -202,10 +202,14 @@ async def child(
                 yield running
             finally:
                 with anyio.CancelScope(shield=True):
-                    await running.kill()
-                    with anyio.move_on_after(_DRAIN_OUTPUT_SECONDS):
+                    try:
+                        await running.kill()
+                        with anyio.move_on_after(_DRAIN_OUTPUT_SECONDS):
+                            for copy in copies:
+                                await copy.ended.wait()
+                    finally:
                         for copy in copies:
-                            await copy.ended.wait()
+                            copy.stop()
     finally:
         os.close(reader)
         with anyio.CancelScope(shield=True):
@@ -265,23 +269,33 @@ def _not_started(program: str, number: int | None) -> Exception:
 
 
 class _Copy:
-    """Hands one stream of a child to its takers, chunk by chunk."""
+    """Hands one stream of a child to its takers, chunk by chunk: to its end, or until `stop`, but not cancelled.
+
+    What a program prints while it is ended because we are cancelled is its last word, and wanted.
+    """
 
     def __init__(self, stream: ByteReceiveStream | None, outputs: Sequence[Output]) -> None:
         self._stream = stream
         self._outputs = outputs
         self._thread = anyio.CapacityLimiter(1)
+        self._scope = anyio.CancelScope(shield=True)
         self.ended = anyio.Event()
 
     async def run(self) -> None:
         try:
-            if self._stream is not None:
-                async for data in self._stream:
-                    for output in self._outputs:
-                        await anyio.to_thread.run_sync(
-                            partial(output, data), abandon_on_cancel=True, limiter=self._thread
-                        )
+            with self._scope:
+                await self._copy()
         except (anyio.ClosedResourceError, anyio.BrokenResourceError):
             return
         finally:
             self.ended.set()
+
+    def stop(self) -> None:
+        self._scope.cancel()
+
+    async def _copy(self) -> None:
+        if self._stream is None:
+            return
+        async for data in self._stream:
+            for output in self._outputs:
+                await anyio.to_thread.run_sync(partial(output, data), abandon_on_cancel=True, limiter=self._thread)

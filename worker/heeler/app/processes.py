@@ -67,6 +67,11 @@ def tagged(tag: str) -> list[int]:
     return found
 
 
+def in_session(leader: int) -> list[int]:
+    """All living processes of a session, by its leader's pid: also those that have dropped their environment."""
+    return [pid for pid in _pids() if (fields := _stat(pid)) is not None and int(fields[3]) == leader]
+
+
 def descendants() -> frozenset[Identity] | None:
     """All living descendants of ours; None if we are no reaper, so that orphans do not become ours."""
     return frozenset((pid, started) for pid, started in _descendants().items()) if _is_reaper() else None

@@ -108,16 +108,19 @@ class Program:
         self._restarts = 0
 
     async def stop(self, grace: float = _STOP_SECONDS) -> None:
-        """SIGTERM to its group, and SIGKILL to all that is left after `grace` seconds."""
+        """SIGTERM to its group, and SIGKILL to all that is left after `grace` seconds, or before a drain's deadline."""
         life = self.life
         if life is None:
             return
         life.terminate()
-        with anyio.move_on_after(grace):
+        with anyio.move_on_after(grace) as scope, self._drain.requested.calls(lambda: self._hasten(scope)):
             await life.over.wait()
             return
         await life.child.kill()
         await life.over.wait()
+
+    def _hasten(self, scope: anyio.CancelScope) -> None:
+        scope.deadline = min(scope.deadline, anyio.current_time() + self._drain.left() - _KILL_SECONDS)
 
     async def restart(self) -> None:
         """End it, whatever it does; `run` starts it anew, and this does not count as its fault."""
@@ -162,7 +165,7 @@ class Program:
                     await life.over.wait()
                 except anyio.get_cancelled_exc_class():
                     with anyio.CancelScope(shield=True):
-                        await self.stop(max(0.0, min(_STOP_SECONDS, self._drain.left() - _KILL_SECONDS)))
+                        await self.stop()
                     raise
         return life.how or Exit(1, None)
 

@@ -10,7 +10,7 @@ import anyio
 import anyio.to_thread
 
 from heeler.app.ports import listening
-from heeler.app.processes import tagged
+from heeler.app.processes import in_session, tagged
 from heeler.app.program import Life, Program
 from heeler.errors import UsageError
 from heeler.http import HttpClient, NoAnswerError, TooLargeError
@@ -35,7 +35,8 @@ class Address:
     base: str = ""
 
     def __str__(self) -> str:
-        return f"http://{self.host}:{self.port}{self.base}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}{self.base}"
 
 
 def parse_app_url(url: str) -> Address:
@@ -46,12 +47,13 @@ def parse_app_url(url: str) -> Address:
     """
     try:
         parts = urlsplit(url)
-        port = parts.port or 80
+        port = 80 if parts.port is None else parts.port
     except ValueError:
         parts, port = urlsplit(""), 0
     odd = not url.isascii() or not url.isprintable() or " " in url or "?" in url or "#" in url
-    if odd or parts.scheme != "http" or not parts.hostname or parts.username is not None:
-        raise UsageError(f"--app-url is {url!r}, but must be like http://127.0.0.1:8080")
+    if odd or parts.scheme != "http" or not parts.hostname or parts.username is not None or not port:
+        shown = "" if "@" in url else f" is {url!r}, but"  # it may hold a password
+        raise UsageError(f"--app-url{shown} must be like http://127.0.0.1:8080")
     return Address(parts.hostname, port, parts.path.rstrip("/"))
 
 
@@ -167,21 +169,25 @@ class Readiness:
 
     async def look(self) -> None:
         """Find out whether it can take a job now."""
-        why = await self._why_not()
+        why = await self._why_not() or self._amiss()  # which may have come to be meanwhile
         self._note(ready=why is None, why=why or "")
+
+    def _amiss(self) -> str | None:
+        """What is wrong with the process, whatever it answers."""
+        if self._program is None:
+            return None
+        if self._program.life is None:
+            return "it is not running"
+        return _SPOILED if self._program.life is self._spoiled else None
 
     def _dead(self) -> bool:
         return self._program is not None and self._program.life is None
 
     async def _why_not(self) -> str | None:
-        if self._program is not None:
-            life = self._program.life
-            if life is None:
-                return "it is not running"
-            if life is self._spoiled:
-                return _SPOILED
-            if life is not self._found_in:
-                self._found, self._found_in = None, life  # each life may listen elsewhere
+        if (why := self._amiss()) is not None:
+            return why
+        if self._program is not None and self._program.life is not self._found_in:
+            self._found, self._found_in = None, self._program.life  # each life may listen elsewhere
         if self.address is None and self._program is not None:
             ports = await self._ports(self._program)
             if len(ports) > 1:
@@ -196,7 +202,8 @@ class Readiness:
         life = program.life
         if life is None:
             return []
-        return sorted(await anyio.to_thread.run_sync(lambda: listening(tagged(life.child.started.tag))))
+        start = life.child.started
+        return sorted(await anyio.to_thread.run_sync(lambda: listening({*tagged(start.tag), *in_session(start.group)})))
 
     async def _ask(self, address: Address) -> str | None:
         if self._health_path is None:

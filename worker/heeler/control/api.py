@@ -22,8 +22,10 @@ from heeler_sync.errors import NotNowError, SyncError
 _LOOPBACK_NAMES = {"127.0.0.1", "localhost", "::1"}
 
 
-def create_app(status: Status, drain: Drain, checkpoints: Checkpoints, *, address: str) -> FastAPI:
-    """The API of one runtime that listens on `address`."""
+def create_app(
+    status: Status, drain: Drain, checkpoints: Checkpoints, available: Callable[[], bool], *, address: str
+) -> FastAPI:
+    """The API of one runtime that listens on `address`; `available` says whether the program could take a job."""
     names = _LOOPBACK_NAMES | {address}
     app = FastAPI(title="heeler", openapi_url=None, docs_url=None, redoc_url=None)
 
@@ -40,8 +42,8 @@ def create_app(status: Status, drain: Drain, checkpoints: Checkpoints, *, addres
 
     @app.get("/readyz")
     async def readyz() -> Response:
-        """200 while the runtime takes jobs, 503 before and while it drains."""
-        ready = not drain.requested.is_set() and status.phase not in (Phase.START, Phase.END)
+        """200 while the runtime takes jobs, 503 before, while the app is not ready, and while it drains."""
+        ready = not drain.requested.is_set() and status.phase not in (Phase.START, Phase.END) and available()
         return PlainTextResponse("ready\n" if ready else "not ready\n", 200 if ready else 503)
 
     @app.get("/v1/status")

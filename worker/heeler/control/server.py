@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -57,11 +57,16 @@ def bind(address: str) -> socket.socket:
 
 
 async def serve(
-    listener: socket.socket, status: Status, drain: Drain, checkpoints: Checkpoints, state_dir: Path
+    listener: socket.socket,
+    status: Status,
+    drain: Drain,
+    checkpoints: Checkpoints,
+    available: Callable[[], bool],
+    state_dir: Path,
 ) -> None:
     """Serve until cancelled; the URL stands in the state folder meanwhile."""
     host = listener.getsockname()[0]
-    app = create_app(status, drain, checkpoints, address=host)
+    app = create_app(status, drain, checkpoints, available, address=host)
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
     server = _Server(config)
     url = url_of(listener)

@@ -19,6 +19,7 @@ from heeler.lease import boot_clock
 from heeler.sources import SourceRequest
 from heeler.sources.base import Lease, LeaseState, SourceUnavailableError, Verdict
 from heeler.sources.salad_calls import QueueCalls
+from heeler.sources.salad_channel import Channel
 from heeler.sources.salad_jobs import Held, Jobs
 from heeler.sources.salad_record import Records
 from heeler.sources.salad_stream import Pump
@@ -128,14 +129,14 @@ class SaladSource:
                 " set SALAD_METADATA_URI (or --metadata-uri) to where it is"
             )
         rng = rng or random.Random()  # noqa: S311 - jitter
-        endpoint = _endpoint(settings.salad_endpoint)
         self.silence = settings.salad_silence
         self._clock = clock
         self._unwanted_seconds = unwanted_seconds
-        self._calls = QueueCalls(endpoint, tls=settings.salad_use_tls, machine=request.machine)
-        self.jobs = Jobs(Records(request.state_dir, request.on_fault), self._calls, request.on_fault, rng)
+        self._channel = Channel(_endpoint(settings.salad_endpoint), tls=settings.salad_use_tls)
+        calls = QueueCalls(self._channel, request.machine)
+        self.jobs = Jobs(Records(request.state_dir, request.on_fault), calls, request.on_fault, rng)
         self._pump = Pump(
-            self._calls, self.jobs, request.machine, request.on_fault, silence=self.silence, clock=clock, rng=rng
+            calls, self.jobs, request.machine, request.on_fault, silence=self.silence, clock=clock, rng=rng
         )
         self.jobs.recover()
         self._waiting = 0
@@ -186,7 +187,7 @@ class SaladSource:
 
     async def aclose(self) -> None:
         """Let go of the connection."""
-        await self._calls.aclose()
+        await self._channel.aclose()
 
     def alive(self) -> bool:
         """Whether the service has said lately that what we hold is ours."""

@@ -1,50 +1,23 @@
-"""The Salad Job Queue's three calls (PROTOCOLS 1) on one gRPC channel, with this machine's token.
+"""The Salad Job Queue's three calls (PROTOCOLS 1), with this machine's token.
 
 Nothing is tried again here, but for a token that was refused. No error shows the token.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 
 from heeler.sources.base import Machine, SourceUnavailableError
-from heeler.wire.salad_queue import ACCEPT_JOBS, COMPLETE_JOB, MESSAGE_BYTES, REJECT_JOB, UNARY_SECONDS, messages
+from heeler.sources.salad_channel import Channel, Code, RpcError
+from heeler.wire.salad_queue import UNARY_SECONDS, messages
 
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """GRPC's core asks the environment once, when it is loaded, whether to write to our standard error."""
-    given = os.environ.get("GRPC_VERBOSITY")
-    os.environ["GRPC_VERBOSITY"] = given or "NONE"
-    yield
-    if given is None:
-        del os.environ["GRPC_VERBOSITY"]  # programs that we start inherit the environment
-
-
-with _silent():
-    import grpc
-    import grpc.aio
-
-Code = grpc.StatusCode
-
-_ENVELOPE_BYTES = 1 << 20
-_OPTIONS = (
-    ("grpc.max_receive_message_length", MESSAGE_BYTES + _ENVELOPE_BYTES),
-    ("grpc.max_send_message_length", MESSAGE_BYTES + _ENVELOPE_BYTES),
-    # A service that is back is found within a second or so.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-    ("grpc.min_reconnect_backoff_ms", 10_000),  # in truth the time that one attempt to connect may take
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-)
+_TOKEN_PAUSE = 0.8
+"""Seconds between two looks for a token that could not be had."""
+_TOKEN_SECONDS = 0.5
+"""Between two tries to have a token, which is asked for on this machine."""
 _TOKEN_REFUSED = (Code.UNAUTHENTICATED, Code.PERMISSION_DENIED)
 _DEFINITE = {
     *_TOKEN_REFUSED,
@@ -63,7 +36,7 @@ class CallFailedError(SourceUnavailableError):
         connected: Whether the service itself answered, rather than that it could not be reached.
     """
 
-    def __init__(self, call: str, code: grpc.StatusCode, words: str, *, connected: bool) -> None:
+    def __init__(self, call: str, code: Code, words: str, *, connected: bool) -> None:
         self.code = code
         self.connected = connected
         super().__init__(f"the queue answered {call} with {code.name}{words and ': '}{words}")
@@ -80,12 +53,14 @@ class CallFailedError(SourceUnavailableError):
 
 
 class JobStream:
-    """An open `AcceptJobs`. It is closed when its reading is cancelled, or by `close`."""
+    """An open `AcceptJobs`, until `close`."""
 
-    def __init__(self, calls: QueueCalls, call: grpc.aio.UnaryStreamCall[Any, messages.AcceptJobsResponse], token: str):
-        self._calls = calls
-        self._call = call
+    def __init__(self, channel: Channel, current_job_id: str, token: str) -> None:
+        """Open it; it is sent when a message is first asked for."""
+        request = messages.AcceptJobsRequest(current_job_id=current_job_id)
+        self._channel = channel
         self._token = token
+        self._call = channel.take().accept(request, metadata=_metadata(token))
 
     async def next(self) -> messages.AcceptJobsResponse:
         """The next message.
@@ -95,8 +70,8 @@ class JobStream:
         """
         try:
             message = await self._call.read()
-        except grpc.aio.AioRpcError as error:
-            raise self._calls.failure("AcceptJobs", error, self._token) from None
+        except RpcError as error:
+            raise _failure("AcceptJobs", error, self._token, self._channel) from None
         except anyio.get_cancelled_exc_class():
             await _in_our_name()
             raise
@@ -107,87 +82,98 @@ class JobStream:
     def close(self) -> None:
         """Let it go."""
         self._call.cancel()
+        self._channel.back()
 
 
 class QueueCalls:
     """The calls. Each raises `SourceUnavailableError` when there is no token, and `CallFailedError`."""
 
-    def __init__(self, endpoint: str, *, tls: bool, machine: Machine) -> None:
-        """Args: host:port, whether to talk TLS to it, and whose token to use."""
-        self._endpoint = endpoint
-        self._tls = tls
+    def __init__(self, channel: Channel, machine: Machine) -> None:
+        """Args: where to, and whose token to use."""
+        self._channel = channel
         self._machine = machine
+        self._tokenless = False
 
     async def accept(self, current_job_id: str, *, fresh_token: bool, patient: bool) -> JobStream:
-        """Open the stream; it is sent when a message is first asked for.
+        """Open the stream.
 
         Args:
             current_job_id: The job that we have; empty for none.
             fresh_token: The last token was refused.
             patient: Wait for a service that can't be reached, instead of failing at once.
         """
-        token = await self._machine.token(fresh=fresh_token)
-        request = messages.AcceptJobsRequest(current_job_id=current_job_id)
-        return JobStream(self, self._accept(request, metadata=_metadata(token), wait_for_ready=patient), token)
+        if patient:
+            await self._channel.connected()
+        return JobStream(self._channel, current_job_id, await self._machine.token(fresh=fresh_token))
 
     async def complete(self, job_id: str, output: bytes, *, patient: bool) -> None:
-        """`CompleteJob`; `patient` as in `accept`."""
-        request = messages.CompleteJobRequest(job_id=job_id, output=output)
-        await self._unary("CompleteJob", self._complete, request, patient=patient)
+        """`CompleteJob`; `patient`: wait a while for a connection and a token, instead of failing at once."""
+        await self._unary("CompleteJob", messages.CompleteJobRequest(job_id=job_id, output=output), patient=patient)
 
     async def reject(self, job_id: str, *, patient: bool) -> None:
-        """`RejectJob`; `patient` as in `accept`."""
-        await self._unary("RejectJob", self._reject, messages.RejectJobRequest(job_id=job_id), patient=patient)
+        """`RejectJob`; `patient` as in `complete`."""
+        await self._unary("RejectJob", messages.RejectJobRequest(job_id=job_id), patient=patient)
 
-    async def aclose(self) -> None:
-        """Let go of the connection."""
-        if "_channel" in self.__dict__:
-            await self._channel.close()
-
-    def failure(self, call: str, error: grpc.aio.AioRpcError, token: str) -> CallFailedError:
-        """What a call's status says, without the token."""
-        words = (error.details() or "").replace(token, "********")
-        connected = self._channel.get_state() is grpc.ChannelConnectivity.READY
-        return CallFailedError(call, error.code(), words, connected=connected)
-
-    async def _unary(self, name: str, call: Any, request: Any, *, patient: bool) -> None:
+    async def _unary(self, name: str, request: Any, *, patient: bool) -> None:
         """One call, and a second with a fresh token if the first's was refused."""
-        for fresh in (False, True):
-            token = await self._machine.token(fresh=fresh)
-            try:
-                await call(request, timeout=UNARY_SECONDS, metadata=_metadata(token), wait_for_ready=patient)
-            except grpc.aio.AioRpcError as error:
-                failure = self.failure(name, error, token)
-                if fresh or not failure.token_refused:
-                    raise failure from None
-            except anyio.get_cancelled_exc_class():
-                await _in_our_name()
+        if patient:
+            with anyio.move_on_after(UNARY_SECONDS):
+                await self._channel.connected()
+                await self._authorized()
+        try:
+            await self._once(name, request, await self._token())
+        except CallFailedError as error:
+            if not error.token_refused:
                 raise
+            await self._once(name, request, await self._token(fresh=True))
+
+    async def _token(self, *, fresh: bool = False) -> str:
+        """A token. Where the last call found none, this one waits for it: the answer of a job is told at once then.
+
+        Raises:
+            SourceUnavailableError: There is none.
+        """
+        give_up = anyio.current_time() + (UNARY_SECONDS if self._tokenless else 0.0)
+        while True:
+            try:
+                token = await self._machine.token(fresh=fresh)
+            except SourceUnavailableError:
+                self._tokenless = True
+                if anyio.current_time() + _TOKEN_PAUSE > give_up:
+                    raise
+            else:
+                self._tokenless = False
+                return token
+            await anyio.sleep(_TOKEN_PAUSE)
+
+    async def _authorized(self) -> None:
+        """Return once there is a token."""
+        while True:
+            try:
+                await self._machine.token()
+            except SourceUnavailableError:
+                await anyio.sleep(_TOKEN_SECONDS)
             else:
                 return
 
-    # Made when they are first used: a channel belongs to the event loop that runs then.
+    async def _once(self, name: str, request: Any, token: str) -> None:
+        stubs = self._channel.take()
+        call = stubs.complete if isinstance(request, messages.CompleteJobRequest) else stubs.reject
+        try:
+            await call(request, timeout=UNARY_SECONDS, metadata=_metadata(token))
+        except RpcError as error:
+            raise _failure(name, error, token, self._channel) from None
+        except anyio.get_cancelled_exc_class():
+            await _in_our_name()
+            raise
+        finally:
+            self._channel.back()
 
-    @cached_property
-    def _channel(self) -> grpc.aio.Channel:
-        if self._tls:
-            return grpc.aio.secure_channel(self._endpoint, grpc.ssl_channel_credentials(), options=_OPTIONS)
-        return grpc.aio.insecure_channel(self._endpoint, options=_OPTIONS)
 
-    @cached_property
-    def _accept(self) -> Any:
-        request, response = messages.AcceptJobsRequest, messages.AcceptJobsResponse
-        return self._channel.unary_stream(
-            ACCEPT_JOBS, request_serializer=request.SerializeToString, response_deserializer=response.FromString
-        )
-
-    @cached_property
-    def _complete(self) -> Any:
-        return self._channel.unary_unary(COMPLETE_JOB, request_serializer=messages.CompleteJobRequest.SerializeToString)
-
-    @cached_property
-    def _reject(self) -> Any:
-        return self._channel.unary_unary(REJECT_JOB, request_serializer=messages.RejectJobRequest.SerializeToString)
+def _failure(call: str, error: RpcError, token: str, channel: Channel) -> CallFailedError:
+    """What a call's status says, without the token."""
+    words = (error.details() or "").replace(token, "********")
+    return CallFailedError(call, error.code(), words, connected=channel.up)
 
 
 def _metadata(token: str) -> tuple[tuple[str, str], ...]:

@@ -15,7 +15,8 @@ import anyio
 from heeler.job import Job, Target, check_job_id
 from heeler.scopes import Doubling, Signal
 from heeler.sources.base import BARREN_LIMIT, LeaseLostError, SourceUnavailableError
-from heeler.sources.salad_calls import CallFailedError, Code, QueueCalls
+from heeler.sources.salad_calls import CallFailedError, QueueCalls
+from heeler.sources.salad_channel import Code
 from heeler.sources.salad_record import Answer, JobRecord, Records
 from heeler.wire.salad_queue import messages
 
@@ -35,6 +36,7 @@ class Held:
         taken: Whether a lease of it was given out.
         lost: It is no longer ours.
         answer: What the service is to be told, once that is decided.
+        tried: Whether it was tried to tell it.
         unanswered: A call with the answer may have taken effect.
         superseded: The service went on to another job, or does not know that we have this one, after `answer`.
         settled: The service has the answer.
@@ -46,6 +48,7 @@ class Held:
     taken: bool = False
     lost: Signal = field(default_factory=Signal)
     answer: Answer | None = None
+    tried: bool = False
     unanswered: bool = False
     superseded: bool = False
     settled: bool = False
@@ -235,12 +238,13 @@ class Jobs:
             self._settle(held, answer)
         if held.settled:
             return
+        patient, held.tried = held.tried, True
         before, held.unanswered = held.unanswered, True
         try:
             if answer.output is None:
-                await self._calls.reject(answer.job_id, patient=before)
+                await self._calls.reject(answer.job_id, patient=patient)
             else:
-                await self._calls.complete(answer.job_id, answer.output, patient=before)
+                await self._calls.complete(answer.job_id, answer.output, patient=patient)
         except CallFailedError as error:
             held.unanswered = before or not error.unchanged
             if error.code is not Code.NOT_FOUND and (answer.output is not None or error.code not in _NOT_ACCEPTABLE):

@@ -14,7 +14,8 @@ import anyio
 
 from heeler.scopes import Doubling
 from heeler.sources.base import Machine, SourceUnavailableError
-from heeler.sources.salad_calls import CallFailedError, Code, QueueCalls
+from heeler.sources.salad_calls import CallFailedError, QueueCalls
+from heeler.sources.salad_channel import Code
 from heeler.sources.salad_jobs import Jobs
 
 _POLL_SECONDS = 5.0
@@ -96,12 +97,13 @@ class Pump:
         """Open the stream whenever it is wanted; runs until it is cancelled."""
         while True:
             await self._jobs.finish()
-            if not self._wanted:
+            if self._wanted:
+                await self._jobs.answered()
+            if self._wanted:
+                await anyio.sleep(await self._one_session())
+            else:
                 self._wake = anyio.Event()
                 await self._wake.wait()
-                continue
-            await self._jobs.answered()
-            await anyio.sleep(await self._one_session())
 
     async def _one_session(self) -> float:
         delay = 0.0
@@ -131,7 +133,8 @@ class Pump:
         except SourceUnavailableError as error:
             self._report("machine_unreachable", "", error=str(error))
             return self._soon.next()
-        self._report("queue_silent", "", seconds=self._silence)
+        if not self._patient:  # else there was no connection, which is known
+            self._report("queue_silent", "", seconds=self._silence)
         return self._soon.next()
 
     async def _read(self, current_id: str) -> None:
@@ -170,7 +173,7 @@ class Pump:
         if self._heard_first < math.inf:
             return self._soon.next()
         if not error.connected and not self._patient:
-            self._patient = True  # the next call waits for a connection, which gRPC itself tries to get
+            self._patient = True
             return self._soon.next()
         return self._refused.next()
 
