@@ -327,8 +327,15 @@ async def test_tries_here_rest_longer_each_time_and_as_long_as_the_app_asked() -
     assert 90 <= rests[2] < 91
 
 
+async def test_an_app_that_wants_to_rest_for_longer_than_five_minutes_does_so_without_the_job() -> None:
+    asks = Ending(Outcome.RETRY, "the app answered 429", Result(status=429), transient=True, delay=301.0)
+    world = World(delivery=Delivery(asks), spends_tries=True, tries=3)
+    assert await world.run() < 10
+    assert world.how() == [["retry"]]
+
+
 async def test_a_drain_ends_the_rest_between_tries() -> None:
-    asks = Ending(Outcome.RETRY, "the app answered 429", Result(status=429), transient=True, delay=900.0)
+    asks = Ending(Outcome.RETRY, "the app answered 429", Result(status=429), transient=True, delay=250.0)
     world = World(delivery=Delivery(asks), spends_tries=True, tries=3)
 
     async def ask() -> None:
@@ -343,7 +350,7 @@ async def test_a_drain_ends_the_rest_between_tries() -> None:
 
 
 async def test_a_lease_that_is_lost_ends_the_rest_between_tries() -> None:
-    asks = Ending(Outcome.RETRY, "the app answered 429", Result(status=429), transient=True, delay=900.0)
+    asks = Ending(Outcome.RETRY, "the app answered 429", Result(status=429), transient=True, delay=250.0)
     world = World(
         delivery=Delivery(asks), spends_tries=True, tries=3, lease={"answers": [LeaseState.LOST], "expires_after": 30.0}
     )

@@ -60,15 +60,19 @@ def test_it_is_ready_only_while_the_program_could_take_a_job(tmp_path: Path) -> 
     async def run() -> list[int]:
         listener = bind("127.0.0.1:0")
         host, port = listener.getsockname()[:2]
-        status, available = Status(lambda *_: None, worker="w", source="s"), False
+        status = Status(lambda *_: None, worker="w", source="s")
+        available = anyio.Event()
         found = []
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(serve, listener, status, Drain(1), Checkpoints(), lambda: available, tmp_path)
+            tasks.start_soon(serve, listener, status, Drain(1), Checkpoints(), available.is_set, tmp_path)
             with anyio.fail_after(20):
-                for phase, available in ((Phase.START, True), (Phase.RECEIVE, False), (Phase.RECEIVE, True)):
-                    status.enter(phase)
-                    found.append(await anyio.to_thread.run_sync(ask, host, port, {}, "/readyz"))
+                status.enter(Phase.RECEIVE)
+                found.append(await anyio.to_thread.run_sync(ask, host, port, {}, "/readyz"))
+                available.set()
+                found.append(await anyio.to_thread.run_sync(ask, host, port, {}, "/readyz"))
+                status.enter(Phase.END)
+                found.append(await anyio.to_thread.run_sync(ask, host, port, {}, "/readyz"))
             tasks.cancel_scope.cancel()
         return found
 
-    assert anyio.run(run) == [503, 503, 200]
+    assert anyio.run(run) == [503, 200, 503]
