@@ -32,7 +32,7 @@ lock = threading.Lock()
 
 
 def tell(name, text=""):
-    new = W / f"{name}.new"
+    new = W / f"{name}.{threading.get_ident()}.new"
     new.write_text(str(text))
     new.rename(W / name)
 
