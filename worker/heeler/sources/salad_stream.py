@@ -127,6 +127,8 @@ class Pump:
             await self._read(current_id)
         except CallFailedError as error:
             if error.code is Code.NOT_FOUND and current_id and current_id == self._jobs.current_id:
+                if self._jobs.out:
+                    self._wanted = False  # whoever works on it ends that first, and then asks for the next
                 self._jobs.supersede()
                 return 0.0
             return self._broken(error)
