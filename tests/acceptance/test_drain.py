@@ -14,7 +14,7 @@ from tests.support.proxy import FaultProxy
 from tests.support.s3 import Stall
 from tests.support.worker import Worker
 
-SLEEP = "trap 'exit 0' TERM; echo x > $W/runs; while :; do sleep 0.01; done"
+SLEEP = "trap 'exit 0' TERM; echo x > $W/runs; sleep 1000 & wait"
 GRACE = 4.0
 
 
@@ -69,7 +69,7 @@ def test_sigterm_during_a_restore_hands_the_job_back_unstarted(world: World, ope
 def test_sigterm_during_the_run_stores_the_checkpoint_that_the_program_writes_in_its_last_second(world: World) -> None:
     program = world.bash(
         "stop() { head -c 30000000 /dev/urandom > $W/last; cp $W/last $CHECKPOINT_DIR/last; exit 0; }\n"
-        "trap stop TERM; echo x > $W/runs; while :; do sleep 0.01; done"
+        "trap stop TERM; echo x > $W/runs; sleep 1000 & wait"
     )
     world.submit(program, sync=world.checkpoints())
     with world.worker(HEELER_STOP_GRACE="20") as worker:
@@ -86,7 +86,7 @@ def test_a_program_that_exits_with_any_code_of_its_own_in_a_drain_is_captured_wh
     world: World,
 ) -> None:
     program = world.bash(
-        "trap 'echo last > $CHECKPOINT_DIR/last; exit 3' TERM; echo x > $W/runs; while :; do sleep 0.01; done"
+        "trap 'echo last > $CHECKPOINT_DIR/last; exit 3' TERM; echo x > $W/runs; sleep 1000 & wait"
     )
     world.submit(program, sync=world.checkpoints())
     with world.worker() as worker:
@@ -192,7 +192,7 @@ def test_a_second_sigint_kills_the_program_at_once_and_still_stores_what_had_set
 
 def test_many_sigterms_are_one_drain(world: World) -> None:
     world.submit(
-        world.bash("trap 'sleep 0.5; echo x >> $W/told; exit 0' TERM; echo x > $W/runs; while :; do sleep 0.01; done")
+        world.bash("trap 'sleep 0.5; echo x >> $W/told; exit 0' TERM; echo x > $W/runs; sleep 1000 & wait")
     )
     with world.worker() as worker:
         world.told("runs")
