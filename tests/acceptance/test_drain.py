@@ -85,9 +85,7 @@ def test_sigterm_during_the_run_stores_the_checkpoint_that_the_program_writes_in
 def test_a_program_that_exits_with_any_code_of_its_own_in_a_drain_is_captured_whole_and_not_counted(
     world: World,
 ) -> None:
-    program = world.bash(
-        "trap 'echo last > $CHECKPOINT_DIR/last; exit 3' TERM; echo x > $W/runs; sleep 1000 & wait"
-    )
+    program = world.bash("trap 'echo last > $CHECKPOINT_DIR/last; exit 3' TERM; echo x > $W/runs; sleep 1000 & wait")
     world.submit(program, sync=world.checkpoints())
     with world.worker() as worker:
         world.told("runs")
@@ -191,9 +189,7 @@ def test_a_second_sigint_kills_the_program_at_once_and_still_stores_what_had_set
 
 
 def test_many_sigterms_are_one_drain(world: World) -> None:
-    world.submit(
-        world.bash("trap 'sleep 0.5; echo x >> $W/told; exit 0' TERM; echo x > $W/runs; sleep 1000 & wait")
-    )
+    world.submit(world.bash("trap 'sleep 0.5; echo x >> $W/told; exit 0' TERM; echo x > $W/runs; sleep 1000 & wait"))
     with world.worker() as worker:
         world.told("runs")
         for _ in range(10):
