@@ -9,7 +9,7 @@ import pytest
 from heeler.job import InvalidJobError, Job, SyncSpec
 from heeler.message import of_app_message, of_document
 
-ENTRY = {"bucket": "b-1", "prefix": "p/{job_id}/", "local_path": "/work/{job_id}"}
+ENTRY = {"bucket": "b-1", "prefix": "p/{job_id}/", "local_path": "/data/{job_id}"}
 
 
 def read(body: bytes, job_id: str = "j") -> SyncSpec:
@@ -46,7 +46,7 @@ def test_what_is_not_ours_is_left_to_the_app(body: bytes) -> None:
 def test_a_sync_in_a_json_object_is_honoured(encoding: str) -> None:
     message = {"prompt": "a cat", "sync": {"before": [ENTRY], "after": [ENTRY]}}
     found = read(json.dumps(message).encode(encoding))
-    assert [entry.local_path for entry in found.before] == ["/work/{job_id}"]
+    assert [entry.local_path for entry in found.before] == ["/data/{job_id}"]
     assert len(found.after) == 1
     assert found.during == ()
 

@@ -13,7 +13,7 @@ from heeler.errors import UnavailableError
 from heeler.job import Ending, Outcome
 from heeler.platform.failures import FailuresInARow
 from heeler.platform.imds import Imds, InstanceGoneError
-from heeler.platform.moving import leave_if_unfit, leave_machine
+from heeler.platform.moving import leave_machine, leave_unfit
 from heeler.sources.base import SourceUnavailableError
 from heeler.status import Status
 from heeler.tasks import background
@@ -106,17 +106,14 @@ async def test_a_move_that_is_refused_or_never_happens_is_asked_for_again() -> N
 
 
 @pytest.mark.anyio
-async def test_an_unfit_machine_is_left_or_ends_us_and_a_fit_one_is_kept() -> None:
+async def test_an_unfit_machine_is_left_or_ends_us() -> None:
     machine, drain, status = Machine(), Drain(30), Status(lambda *_: None, worker="w", source="s")
-    await leave_if_unfit([], cast(Imds, machine), drain, status)
-    await leave_if_unfit([], None, drain, status)
-    assert machine.asked == []
     with anyio.move_on_after(5) as scope:
-        await leave_if_unfit(["slow", "small"], cast(Imds, machine), drain, status)
+        await leave_unfit(cast(Imds, machine), "slow; small", drain, status)
     assert scope.cancelled_caught
-    assert machine.asked == [(0, "this machine is unfit: slow; small")]
+    assert machine.asked == [(0, "slow; small")]
     with pytest.raises(UnavailableError, match="this machine is unfit: slow; small") as caught:
-        await leave_if_unfit(["slow", "small"], None, drain, status)
+        await leave_unfit(None, "slow; small", drain, status)
     assert caught.value.exit_code == 69
     assert status.events["machine_unfit"] == 2
 

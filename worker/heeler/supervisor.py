@@ -26,7 +26,6 @@ from heeler.checkpoints import Checkpoints
 from heeler.config import Configuration, Settings
 from heeler.control import CONTROL_VARIABLE, url_of
 from heeler.drain import Drain
-from heeler.errors import UnavailableError
 from heeler.files import SPOOL
 from heeler.forwarder import Forwarder
 from heeler.journal import Journal
@@ -35,7 +34,7 @@ from heeler.platform.checks import check_machine
 from heeler.platform.deletion import DeletionCost
 from heeler.platform.failures import FailuresInARow
 from heeler.platform.imds import Imds, find_imds
-from heeler.platform.moving import leave_machine
+from heeler.platform.moving import leave_unfit
 from heeler.sources import SourceRequest, guess_source, open_source
 from heeler.sources.base import Source, SourceUnavailableError, Verdict
 from heeler.status import Phase, Status
@@ -149,7 +148,7 @@ class _Runtime:
             if forwarder is not None:
                 await forwarder.run()
             if self._failures.reason is not None:
-                await self._leave_machine(self._failures.reason)
+                await leave_unfit(self._imds, self._failures.reason, self._drain, self._status)
 
     def _beside(self) -> list[Callable[[], Awaitable[object]]]:
         cost = [] if self._imds is None else [DeletionCost(self._imds, self._status).run]
@@ -183,7 +182,7 @@ class _Runtime:
         )
         unfit = await check_machine(settings, open_store, self._environment, self._journal, status)
         if unfit:
-            await self._leave_machine("; ".join(unfit))
+            await leave_unfit(self._imds, "; ".join(unfit), self._drain, status)
             return None
         return make_forwarder(
             settings,
@@ -197,17 +196,6 @@ class _Runtime:
             self._failures,
             app_mode=self._app_mode,
         )
-
-    async def _leave_machine(self, reason: str) -> None:
-        """Have us moved, and take no job meanwhile; off SaladCloud, end.
-
-        Raises:
-            UnavailableError: Nobody can move us.
-        """
-        self._status.fault("machine_unfit", error=reason)
-        if self._imds is None:
-            raise UnavailableError(f"this machine is unfit: {reason}")
-        await leave_machine(self._imds, reason, self._drain, self._status)
 
     def _end(self) -> GivenUp | Verdict | None:
         """Why no job can come any more, if none can."""

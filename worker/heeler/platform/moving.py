@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import anyio
 
 from heeler.drain import Drain
@@ -18,25 +16,22 @@ _AGAIN = 600.0
 """Seconds after which we ask again for a move that was granted but has not happened."""
 
 
-async def leave_if_unfit(reasons: Sequence[str], imds: Imds | None, drain: Drain, status: Status) -> None:
-    """Return at once on a fit machine; leave any other, if somebody can move us.
+async def leave_unfit(imds: Imds | None, reason: str, drain: Drain, status: Status) -> None:
+    """Leave a machine that is no good, if somebody can move us.
 
     Args:
-        reasons: What `check_machine` found.
-        imds: Who can move us.
+        imds: Who can.
+        reason: What is wrong with it.
         drain: Tells when to stop.
         status: Told of it.
 
     Raises:
-        UnavailableError: The machine is unfit, and nobody can move us.
+        UnavailableError: Nobody can.
     """
-    if not reasons:
-        return
-    status.fault("machine_unfit", reasons=reasons)
-    words = f"this machine is unfit: {'; '.join(reasons)}"
+    status.fault("machine_unfit", error=reason)
     if imds is None:
-        raise UnavailableError(words)
-    await leave_machine(imds, words, drain, status)
+        raise UnavailableError(f"this machine is unfit: {reason}")
+    await leave_machine(imds, reason, drain, status)
 
 
 async def leave_machine(imds: Imds, reason: str, drain: Drain, status: Status) -> None:
