@@ -167,11 +167,19 @@ async def test_an_app_that_takes_too_long_is_started_anew() -> None:
     assert len(world.ended) == 1
 
 
-async def test_an_app_of_somebody_else_that_hangs_is_left_alone() -> None:
+async def test_an_app_of_somebody_else_that_hangs_is_left_alone_and_that_is_said() -> None:
     world = Delivered(hangs, ours=False, timeout=7.0)
     ending = await world.deliver()
     assert ending.outcome is Outcome.RETRY
     assert world.delivery.available
+    (fault,) = world.readiness.told.of("app_left_alone")
+    assert "--app-health-path" in str(fault["error"])
+
+
+async def test_an_app_of_somebody_else_that_answered_is_not_said_to_be_left() -> None:
+    world = Delivered(answers(200), ours=False)
+    assert (await world.deliver()).outcome is Outcome.DONE
+    assert world.readiness.told.of("app_left_alone") == []
 
 
 async def test_no_connection_is_a_passing_fault() -> None:

@@ -109,7 +109,7 @@ class HttpDelivery:
             self._calls -= 1
             self._readiness.leave()
             with anyio.CancelScope(shield=True):
-                await self._leave_behind(drain, watch.life if watch.abandoned else None)
+                await self._leave_behind(drain, watch)
         if ending.outcome is Outcome.DONE and self._program is not None:
             self._program.proved()
         return ending
@@ -186,16 +186,20 @@ class HttpDelivery:
             return Ending(Outcome.RETRY, reason, result, delay=delay, transient=answer.status in _TRANSIENT)
         return Ending(Outcome.FAIL, reason, result)
 
-    async def _leave_behind(self, drain: Drain, abandoned: Life | None) -> None:
+    async def _leave_behind(self, drain: Drain, watch: _Watch) -> None:
         """An abandoned call leaves an app that may still compute for a job that is not ours any more.
 
         It is started anew, once no other job is with it, and in a drain only ended; one that is not our process is
-        left alone.
+        left alone, and that is said.
         """
-        if abandoned is not None:
-            self._spoiled = abandoned
-            self._readiness.spoiled(abandoned)
-        if self._program is None or self._spoiled is None or self._calls > 0:
+        if self._program is None:
+            if watch.abandoned:
+                self._readiness.left_alone()
+            return
+        if watch.abandoned and watch.life is not None:
+            self._spoiled = watch.life
+            self._readiness.spoiled(watch.life)
+        if self._spoiled is None or self._calls > 0:
             return
         spoiled, self._spoiled = self._spoiled, None
         if spoiled is not self._program.life:

@@ -146,6 +146,11 @@ class Readiness:
         if self._program is not None and self._program.life is life:
             self._note(ready=False, why=_SPOILED)
 
+    def left_alone(self) -> None:
+        """A call was abandoned, and the app is not ours to start anew: all that we can do is to say so."""
+        words = "it may still work on a job that ended: give it a --app-health-path that tells when it is idle"
+        self._on_fault("app_left_alone", error=words)
+
     async def run(self) -> None:
         """Look again and again."""
         pause = _FIRST_LOOK

@@ -28,7 +28,7 @@ def _nobody(_event: str, **_fields: object) -> None:
 _SALAD_SETS = ("SALAD_MACHINE_ID", "SALAD_CONTAINER_GROUP_ID")
 """What SaladCloud always sets (PROTOCOLS 2)."""
 _NO_SOURCE = (
-    "no source of jobs: set --source (or HEELER_SOURCE) to local:FOLDER for a queue in a folder,"
+    "no source of jobs: set --source (or HEELER_SOURCE) to salad, or to local:FOLDER for a queue in a folder,"
     " or give one job with --job FILE (or HEELER_JOB)"
 )
 
@@ -129,6 +129,6 @@ def _from_entry_point(name: str, request: SourceRequest) -> Source:
         source: Source = entry.load()(request)
         return source
     if name in _LATER:
-        raise UsageError(f"source {name!r} is not supported by this version yet; use local:FOLDER or once")
+        raise UsageError(f"source {name!r} is not supported by this version yet; use salad, local:FOLDER or once")
     known = ["local:FOLDER", "once", "salad", *(entry.name for entry in entry_points(group=_GROUP))]
     raise UsageError(f"unknown source {name!r}; known are {', '.join(known)}")
