@@ -41,7 +41,8 @@ def run(world: World, *arguments: str, **environment: str) -> Said:
     [
         ([], "no source of jobs"),
         (["--source", "nonsense"], "unknown source 'nonsense'"),
-        (["--source", "sqs"], "not supported by this version"),
+        (["--source", "kelpie"], "not supported by this version"),
+        (["--source", "sqs"], "set SQS_QUEUE_URL"),
         (["--source", "local:"], "needs a folder"),
         (["--source", "once"], "needs its job"),
         (["--job", "no-such-file.json"], "no-such-file.json can't be read"),

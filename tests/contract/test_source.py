@@ -111,7 +111,7 @@ async def state_of(lease: Lease, *, unlike: LeaseState | None = None, progressed
 
 async def news_of(world: SourceWorld, lease: Lease) -> LeaseState:
     """What it says after something happened outside: at once if it has to be asked."""
-    return await state_of(lease, unlike=None if world.reclaims else LeaseState.HELD)
+    return await state_of(lease, unlike=LeaseState.HELD if world.tells else None)
 
 
 async def test_a_job_is_received_with_its_id_its_body_and_attempt_one(world: SourceWorld, crew: Crew) -> None:
@@ -207,7 +207,7 @@ async def test_a_lapsed_job_goes_to_another_and_its_old_holder_learns_of_it(worl
         with pytest.raises(LeaseLostError):
             await settle(old)
     assert await state_of(new) is LeaseState.HELD
-    assert world.state(job_id)[1] == (0 if world.tries is None else 1), "a lapse is no failure, but may spend a try"
+    assert world.state(job_id)[1] == (1 if world.counts else 0), "a lapse is no failure, but may count"
     await new.complete(OK)
     assert world.state(job_id)[0] == "done"
 
@@ -222,7 +222,7 @@ async def test_a_holder_hears_of_its_loss_without_asking_where_the_queue_says_so
     world.pass_time(lease.expires_after + 1 if world.lapses else 1e6)
     with anyio.move_on_after(10 * world.moment):
         await heard.wait()
-    assert heard.is_set() is (world.lapses and not world.reclaims), "those that have to be asked call nobody"
+    assert heard.is_set() is world.tells, "those that have to be asked call nobody"
 
 
 async def test_what_a_dead_worker_held_comes_again_at_once_when_it_is_reclaimed_by_name(
@@ -231,12 +231,15 @@ async def test_what_a_dead_worker_held_comes_again_at_once_when_it_is_reclaimed_
     job_id = world.submit("a")
     first = crew.worker()
     held = await take(first)
-    if not world.reclaims:  # nothing is held by name, and what there is comes to whoever restarts
+    if not world.reclaims:  # nothing is held by name
         heir = await crew.restarted(first)
         await heir.reclaim("w0")
+        if not world.heirs:
+            assert await nothing(world, heir)
+            world.pass_time(held.expires_after + 1)
         again = await take(heir)
         assert (again.job.id, again.attempt) == (job_id, 2)
-        assert world.state(job_id)[1] == 0
+        assert world.state(job_id)[1] == (0 if world.heirs else 1)
         return
     heir = crew.worker()
     await heir.reclaim("somebody else")
@@ -302,7 +305,7 @@ async def test_a_released_job_comes_again_at_once_and_nothing_counts(world: Sour
         assert lease.attempt == attempt
         await source.pause()
         await lease.release()
-    assert world.state(job_id) == ("pending", 0 if world.tries is None else 3)
+    assert world.state(job_id) == ("pending", 3 if world.counts else 0)
     assert source.verdict() is None
 
 

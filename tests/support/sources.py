@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -16,9 +19,11 @@ from heeler.sources.local import LocalDesk, LocalSource
 from heeler.sources.local_table import JobTable
 from heeler.sources.once import once_of_document
 from heeler.sources.salad import SaladSource
+from heeler.sources.sqs import SqsSource
 from heeler.wire.salad_queue import TRIES
 from tests.support.salad import SaladService
 from tests.support.salad_script import StubMachine
+from tests.support.sqs_server import KEY, REGION, SECRET, SqsServer
 from tests.support.virtual_time import VIRTUAL
 
 
@@ -40,10 +45,13 @@ class SourceWorld(Protocol):
         moment: Seconds in which what comes at once has come.
         many: Whether it can hold more than one job.
         lapses: Whether a lease can lapse.
-        reclaims: Whether what a dead worker held is given to others by its name; else only who restarts has it.
+        reclaims: Whether what a dead worker held is given to others by its name.
+        heirs: Whether who restarts in a dead worker's place has what it held.
+        tells: Whether a holder hears of its loss without asking.
         cancels: What the holder of a job learns that is cancelled from outside; None if none can be.
-        tries: None if failures are counted as the job asks, nothing else is counted, and rests are kept. Else every
-            end but success spends one of so many tries, without a rest.
+        counts: Whether every delivery counts that did not end well, not only failures.
+        tries: None if a job may fail as often as it asks for, and rests are kept. Else every end but success spends
+            one of so many tries, without a rest.
     """
 
     backend: object
@@ -51,7 +59,10 @@ class SourceWorld(Protocol):
     many: bool
     lapses: bool
     reclaims: bool
+    heirs: bool
+    tells: bool
     cancels: LeaseState | None
+    counts: bool
     tries: int | None
 
     def submit(self, name: str, *, max_failures: int = 3) -> str:
@@ -85,6 +96,7 @@ class LocalWorld(SourceWorld):
 
     backend, moment = VIRTUAL, 1.0
     many, lapses, reclaims, cancels, tries = True, True, True, LeaseState.CANCELLED, None
+    heirs, tells, counts = False, False, False
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -130,6 +142,7 @@ class OnceWorld(SourceWorld):
 
     backend, moment = VIRTUAL, 1.0
     many, lapses, reclaims, cancels, tries = False, False, False, None, None
+    heirs, tells, counts = True, False, False
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -165,6 +178,7 @@ class SaladWorld(SourceWorld):
 
     backend, moment = "asyncio", 0.3
     many, lapses, reclaims, cancels, tries = True, True, False, LeaseState.LOST, TRIES
+    heirs, tells, counts = True, True, True
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -212,4 +226,75 @@ class SaladWorld(SourceWorld):
         self._salad.__exit__(None, None, None)
 
 
-WORLDS: dict[str, Callable[[Path], SourceWorld]] = {"local": LocalWorld, "once": OnceWorld, "salad": SaladWorld}
+@functools.cache
+def _sqs_server() -> SqsServer:
+    """One for all worlds, since it takes a second to start."""
+    server = SqsServer().__enter__()
+    atexit.register(server.__exit__)
+    return server
+
+
+class SqsWorld(SourceWorld):
+    """`sqs`, against moto with its own rules and a clock that we move. Each world has queues of its own."""
+
+    backend, moment = "asyncio", 0.3
+    many, lapses, reclaims, cancels, tries = True, True, False, None, None
+    heirs, tells, counts = False, False, True
+    _numbers = itertools.count()
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._server = _sqs_server()
+        number = next(self._numbers)
+        self._dead = self._server.queue(f"dead-{number}")
+        self._queue = self._server.queue(f"jobs-{number}")
+        self._late = 0.0
+        self._workers = 0
+
+    def submit(self, name: str, *, max_failures: int = 3) -> str:
+        self._server.client.send_message(QueueUrl=self._queue, MessageBody=_document(name, max_failures).decode())
+        return name
+
+    def worker(self) -> Source:
+        settings = Settings(
+            sqs_queue_url=self._queue,
+            sqs_dlq_url=self._dead,
+            sqs_region=REGION,
+            sqs_access_key_id=KEY,
+            sqs_secret_access_key=SECRET,
+        )
+        request = SourceRequest("sqs", f"w{self._workers}", self._folder, settings=settings)
+        self._workers += 1
+        return SqsSource(request, clock=lambda: time.monotonic() + self._late)
+
+    def restarted(self, worker: Source) -> Source:
+        return self.worker()
+
+    def pass_time(self, seconds: float) -> None:
+        self._late += seconds
+        self._server.pass_time(seconds)
+
+    def cancel(self, job_id: str) -> None:
+        raise NotImplementedError
+
+    def state(self, job_id: str) -> tuple[str, int]:
+        """Who is hidden for longer than any rest in the suite is with a worker."""
+        for message in self._server.messages(self._queue):
+            if json.loads(message["body"])["id"] == job_id:
+                running = message["hidden"] > 55
+                return ("running" if running else "pending"), message["receives"] - running
+        for message in self._server.messages(self._dead):
+            if json.loads(message["body"])["id"] == job_id:
+                return "failed", int(message["attributes"]["heeler-attempts"])
+        return "done", 0
+
+    def close(self) -> None:
+        return
+
+
+WORLDS: dict[str, Callable[[Path], SourceWorld]] = {
+    "local": LocalWorld,
+    "once": OnceWorld,
+    "salad": SaladWorld,
+    "sqs": SqsWorld,
+}

@@ -107,6 +107,14 @@ def _choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def _visibility(value: str) -> int:
+    number = int(value)
+    if not 1 <= number <= 3600:
+        raise ValueError
+    return number
+
+
+_visibility.__doc__ = "a whole number of seconds from 1 to 3600"
 _text.__doc__ = "a text"
 _seconds.__doc__ = "a number of seconds, 0 or more"
 _limit.__doc__ = f"a number of seconds above 0, up to {_LONGEST:g}"
@@ -147,7 +155,7 @@ def _setting(
 class Settings:
     """All settings. Times are in seconds."""
 
-    source: str | None = _setting(None, "where jobs come from: salad, local:FOLDER or once")
+    source: str | None = _setting(None, "where jobs come from: sqs, salad, local:FOLDER or once")
     job: str | None = _setting(None, "the job document of the source once (JSON); for an app its message")
     max_jobs: int | None = _setting(None, "end after so many jobs", _count)
     exit_when_idle: float | None = _setting(None, "end after so many seconds without a job", _seconds)
@@ -190,6 +198,30 @@ class Settings:
     )
     salad_use_tls: bool = _setting(True, "talk TLS to it", _flag, aliases=("SALAD_SERVICE_USE_TLS",))
     salad_silence: float = _setting(60.0, "without a heartbeat, before its stream counts as broken", _limit)
+    sqs_queue_url: str | None = _setting(None, "the queue of the source sqs", aliases=("SQS_QUEUE_URL",))
+    sqs_dlq_url: str | None = _setting(
+        None,
+        "where messages go that failed for good; else the dead-letter queue of the queue's redrive policy",
+        aliases=("SQS_DLQ_URL",),
+    )
+    sqs_region: str | None = _setting(
+        None,
+        "region to sign for, where the queue's URL names none",
+        aliases=("SQS_AWS_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    )
+    sqs_endpoint: str | None = _setting(
+        None, "URL of the service; that of the queue if unset", aliases=("AWS_ENDPOINT_URL_SQS", "AWS_ENDPOINT_URL")
+    )
+    sqs_access_key_id: str | None = _setting(
+        None, "access key of the queue", aliases=("SQS_AWS_ACCESS_KEY_ID", "AWS_ACCESS_KEY_ID"), secret=True
+    )
+    sqs_secret_access_key: str | None = _setting(
+        None, "secret key of the queue", aliases=("SQS_AWS_SECRET_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY"), secret=True
+    )
+    sqs_session_token: str | None = _setting(
+        None, "token of temporary credentials of the queue", aliases=("AWS_SESSION_TOKEN",), secret=True
+    )
+    sqs_visibility: int = _setting(60, "seconds that a message is ours without an extension", _visibility)
     metadata_uri: str = _setting(
         "http://169.254.169.254:80", "the metadata service of SaladCloud's machines", aliases=("SALAD_METADATA_URI",)
     )
@@ -298,7 +330,7 @@ def show(value: object) -> str:
 
 def secret_names() -> set[str]:
     """All names of environment variables that hold credentials."""
-    names = {"SALAD_API_KEY", "KELPIE_API_KEY", "SQS_AWS_ACCESS_KEY_ID", "SQS_AWS_SECRET_ACCESS_KEY"}
+    names = {"SALAD_API_KEY", "KELPIE_API_KEY"}
     for entry in fields(Settings):
         if entry.metadata["secret"]:
             names |= {environment_name(entry.name), *(alias for alias, _ in entry.metadata["aliases"])}
@@ -334,10 +366,12 @@ def load(flags: Mapping[str, str], environ: Mapping[str, str], file: Path | None
         values[entry.name], origins[entry.name] = _resolve(entry, flags, environ, path, content)
     if not values["state_dir"]:
         values["state_dir"] = _default_state_dir()
-    own_key = values["s3_access_key_id"] is not None and "environment AWS_" not in origins["s3_access_key_id"]
-    if own_key and "AWS_SESSION_TOKEN" in origins["s3_session_token"]:
-        # The token belongs to the AWS_ keys, which are somebody else's (a queue's) where storage has its own.
-        values["s3_session_token"], origins["s3_session_token"] = None, "default"
+    for service in ("s3", "sqs"):
+        key, token = f"{service}_access_key_id", f"{service}_session_token"
+        own_key = values[key] is not None and "environment AWS_" not in origins[key]
+        if own_key and "AWS_SESSION_TOKEN" in origins[token]:
+            # The token belongs to the AWS_ keys, which are another service's where this one has its own.
+            values[token], origins[token] = None, "default"
     return Configuration(Settings(**values), origins)
 
 

@@ -17,7 +17,7 @@ from heeler.job import InvalidJobError
 from heeler.sources.base import Desk, Machine, Source, SourceUnavailableError
 
 _GROUP = "heeler.sources"
-_LATER = {"sqs", "kelpie"}
+_LATER = {"kelpie"}
 FaultSink = Callable[..., None]
 
 
@@ -28,7 +28,7 @@ def _nobody(_event: str, **_fields: object) -> None:
 _SALAD_SETS = ("SALAD_MACHINE_ID", "SALAD_CONTAINER_GROUP_ID")
 """What SaladCloud always sets (PROTOCOLS 2)."""
 _NO_SOURCE = (
-    "no source of jobs: set --source (or HEELER_SOURCE) to salad, or to local:FOLDER for a queue in a folder,"
+    "no source of jobs: set --source (or HEELER_SOURCE) to sqs or salad, or to local:FOLDER for a queue in a folder,"
     " or give one job with --job FILE (or HEELER_JOB)"
 )
 
@@ -59,9 +59,11 @@ class SourceRequest:
 
 
 def guess_source(environ: Mapping[str, str], settings: Settings) -> str | None:
-    """The source that nobody named: `once` if a job is given, else the queue of the cloud that we run on."""
+    """The source that nobody named: `once` if a job is given, the queue that is, or that of the cloud we run on."""
     if settings.job is not None:
         return "once"
+    if settings.sqs_queue_url is not None:
+        return "sqs"
     return "salad" if any(environ.get(name) for name in _SALAD_SETS) else None
 
 
@@ -91,6 +93,10 @@ def open_source(request: SourceRequest) -> Source:
             from heeler.sources.salad import SaladSource  # noqa: PLC0415 - it brings gRPC
 
             return SaladSource(request)
+        if name == "sqs":
+            from heeler.sources.sqs import SqsSource  # noqa: PLC0415 - it brings boto
+
+            return SqsSource(request)
         return _from_entry_point(name, request)
     except SourceUnavailableError as error:
         raise UnavailableError(str(error)) from None
@@ -129,6 +135,6 @@ def _from_entry_point(name: str, request: SourceRequest) -> Source:
         source: Source = entry.load()(request)
         return source
     if name in _LATER:
-        raise UsageError(f"source {name!r} is not supported by this version yet; use salad, local:FOLDER or once")
-    known = ["local:FOLDER", "once", "salad", *(entry.name for entry in entry_points(group=_GROUP))]
+        raise UsageError(f"source {name!r} is not supported by this version yet; use sqs, salad, local:FOLDER or once")
+    known = ["local:FOLDER", "once", "salad", "sqs", *(entry.name for entry in entry_points(group=_GROUP))]
     raise UsageError(f"unknown source {name!r}; known are {', '.join(known)}")

@@ -1,0 +1,129 @@
+"""`sqs` or `sqs:URL`: a queue of Amazon SQS, standard or FIFO, or of a service that speaks its protocol (PROTOCOLS 4).
+
+A message is ours while its visibility is extended. SQS counts receives, and nothing else: interruptions count like
+failures, and each receive spends one of a redrive policy's tries.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+import anyio
+
+from heeler.config import Settings
+from heeler.errors import UsageError
+from heeler.lease import boot_clock
+from heeler.sources import SourceRequest
+from heeler.sources.base import Lease, Verdict
+from heeler.sources.sqs_batch import Batcher
+from heeler.sources.sqs_calls import Address, SqsCalls
+from heeler.sources.sqs_dead import DeadLetters
+from heeler.sources.sqs_lease import Queue, SqsLease
+from heeler.sources.sqs_poll import POLL_SECONDS, Poller
+from heeler.tasks import background
+
+_PART_OF_GRACE = 6
+"""A poll is not broken off, so an idle worker takes up to that part of its grace to end."""
+_AWS = re.compile(r"(?:^|[./])sqs\.([a-z0-9-]+)\.(?:vpce\.)?amazonaws\.com(?:\.cn)?$")
+
+
+class SqsSource:
+    """The worker's side of the queue."""
+
+    def __init__(self, request: SourceRequest, *, clock: Callable[[], float] = boot_clock) -> None:
+        """Args.
+
+        request: The queue, its credentials, who asks, and who is told of faults.
+        clock: Seconds; goes on while the machine sleeps.
+
+        Raises:
+            UsageError: A setting is missing or wrong; it is named.
+        """
+        settings = request.settings
+        self._address = address_of(settings, (request.spec or "").partition(":")[2])
+        dead_url = settings.sqs_dlq_url and _checked(settings.sqs_dlq_url, "SQS_DLQ_URL (or --sqs-dlq-url)")
+        calls = SqsCalls(self._address)
+        dead = DeadLetters(calls, dead_url, request.worker, request.on_fault)
+        self._calls = calls
+        self._queue = Queue(
+            self._address.name,
+            settings.sqs_visibility,
+            Batcher(calls.hide),
+            Batcher(calls.delete),
+            dead,
+            clock,
+            request.on_fault,
+        )
+        longest = max(1, min(POLL_SECONDS, int(settings.stop_grace / _PART_OF_GRACE)))
+        self._poller = Poller(calls, settings.sqs_visibility, longest, clock, dead.look, request.on_fault)
+        self._running = False
+        self._ended = anyio.Event()
+
+    @property
+    def name(self) -> str:
+        """The queue, by its URL."""
+        return f"sqs:{self._address.url}"
+
+    async def run(self) -> None:
+        """As `Source.run`: all calls are made here."""
+        self._running = True
+        try:
+            async with self._calls.opened(), background(self._queue.hides.run, self._queue.deletes.run):
+                await self._poller.run()
+        finally:
+            self._ended.set()
+
+    async def pause(self) -> None:
+        """As `Source.pause`: jobs come only when they are asked for."""
+
+    async def receive(self, *, wait: float) -> Lease | None:
+        """As `Source.receive`."""
+        message = await self._poller.next(wait)
+        return None if message is None else SqsLease(self._queue, message)
+
+    async def reclaim(self, worker: str) -> None:
+        """As `Source.reclaim`: SQS does not know who holds a message; what a dead worker held lapses."""
+
+    def verdict(self) -> Verdict | None:
+        """None: somebody may submit at any time."""
+        return None
+
+    async def aclose(self) -> None:
+        """Return once the connections are closed, which `run` does at its end."""
+        if self._running:
+            await self._ended.wait()
+
+
+def address_of(settings: Settings, url: str = "") -> Address:
+    """Where the queue is, by the settings; an URL given with the source's name goes before.
+
+    Raises:
+        UsageError: A setting is missing or wrong.
+    """
+    where = "the queue of --source sqs:URL" if url else "SQS_QUEUE_URL (or --sqs-queue-url)"
+    url = url or settings.sqs_queue_url or ""
+    if not url:
+        raise UsageError("source sqs needs its queue: set SQS_QUEUE_URL (or --sqs-queue-url), or --source sqs:URL")
+    parts = urlsplit(_checked(url, where))
+    keys = settings.sqs_access_key_id, settings.sqs_secret_access_key
+    if (keys[0] is None) is not (keys[1] is None):
+        missing = "SQS_AWS_SECRET_ACCESS_KEY" if keys[0] is not None else "SQS_AWS_ACCESS_KEY_ID"
+        raise UsageError(f"the queue's credentials are incomplete: {missing} is not set")
+    in_url = _AWS.search(parts.hostname or "")
+    endpoint = settings.sqs_endpoint and _checked(settings.sqs_endpoint, "AWS_ENDPOINT_URL_SQS (or --sqs-endpoint)")
+    if endpoint is None and in_url is None and not (parts.hostname or "").endswith(".amazonaws.com"):
+        endpoint = f"{parts.scheme}://{parts.netloc}"
+    region = in_url[1] if in_url is not None else settings.sqs_region
+    if region is None:
+        raise UsageError("the queue's URL names no region: set SQS_AWS_REGION (or --sqs-region)")
+    token = settings.sqs_session_token if keys[0] is not None else None
+    return Address(url, region, endpoint, *keys, token)
+
+
+def _checked(url: str, where: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+        raise UsageError(f"{where} is not an http or https URL without a user")
+    return url

@@ -1,0 +1,102 @@
+"""Joins calls about single messages, which concurrent jobs make at about the same time, into batch calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import anyio
+
+from heeler.sources.base import SourceUnavailableError
+from heeler.sources.sqs_calls import ENTRIES, Change
+from heeler.tasks import spawning
+
+Send = Callable[[Sequence[Change]], Awaitable[list[Exception | None]]]
+
+
+def _ended() -> Exception:
+    return SourceUnavailableError("the source has ended")
+
+
+@dataclass(eq=False)
+class _Entry:
+    change: Change
+    due: float
+    done: anyio.Event = field(default_factory=anyio.Event)
+    error: Exception | None = field(default_factory=_ended)
+    older: list[_Entry] = field(default_factory=list)
+    """Of the same message, not sent yet: they have the answer of the newer one, since a batch has no order."""
+
+    def end(self) -> None:
+        for entry in (self, *self.older):
+            entry.error = self.error
+            entry.done.set()
+
+
+class Batcher:
+    """Calls of one kind. `run` makes them; each call has its own answer."""
+
+    def __init__(self, send: Send) -> None:
+        """Args: the batch call; gives each entry's error, or None."""
+        self._send = send
+        self._waiting: list[_Entry] = []
+        self._news = anyio.Event()
+        self._over = False
+
+    async def run(self) -> None:
+        """Make the calls until cancelled; those that are not answered by then fail."""
+        try:
+            async with spawning() as spawn:
+                while True:
+                    await self._until_due()
+                    batch, self._waiting = self._waiting[:ENTRIES], self._waiting[ENTRIES:]
+                    spawn(partial(self._make, batch))
+        finally:
+            self._over = True
+            for entry in self._waiting:
+                entry.end()
+
+    async def call(self, change: Change, *, within: float) -> None:
+        """Have one entry sent after at most `within` seconds; cancelled before that, it is not sent.
+
+        Raises:
+            LeaseLostError: The handle is no longer good.
+            SourceUnavailableError: It is not known whether it took effect.
+        """
+        if self._over:
+            raise _ended()
+        entry = _Entry(change, anyio.current_time() + within)
+        entry.older = [other for other in self._waiting if other.change.handle == change.handle]
+        self._waiting = [*(other for other in self._waiting if other not in entry.older), entry]
+        self._news.set()
+        try:
+            await entry.done.wait()
+        finally:
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+        if entry.error is not None:
+            raise entry.error
+
+    async def _until_due(self) -> None:
+        """Return once a batch is full, or its first entry can wait no longer."""
+        while len(self._waiting) < ENTRIES:
+            due = min((entry.due for entry in self._waiting), default=math.inf)
+            if due <= anyio.current_time():
+                return
+            self._news = anyio.Event()
+            with anyio.CancelScope(deadline=due):
+                await self._news.wait()
+
+    async def _make(self, batch: list[_Entry]) -> None:
+        try:
+            errors = await self._send([entry.change for entry in batch])
+            for entry, error in zip(batch, errors, strict=True):
+                entry.error = error
+        except SourceUnavailableError as error:
+            for entry in batch:
+                entry.error = SourceUnavailableError(str(error))
+        finally:
+            for entry in batch:
+                entry.end()

@@ -1,0 +1,153 @@
+"""Asks SQS for messages on behalf of all lanes: one poll at a time, for as many messages as there are free lanes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+
+from heeler.sources.base import SourceUnavailableError
+from heeler.sources.sqs_calls import ENTRIES, Change, SqsCalls
+from heeler.sources.sqs_message import Message
+
+POLL_SECONDS = 20
+"""The longest that SQS lets one poll wait."""
+_NEARLY = 0.05
+
+
+@dataclass(eq=False)
+class _Waiter:
+    until: float
+    done: anyio.Event = field(default_factory=anyio.Event)
+    message: Message | None = None
+    error: SourceUnavailableError | None = None
+
+
+class Poller:
+    """Owns who waits for a message. `run` asks for them.
+
+    A poll is never broken off: SQS would hide the message that it was about to give for a whole visibility. What
+    nobody waits for any more is put back at once.
+    """
+
+    def __init__(
+        self,
+        calls: SqsCalls,
+        visibility: int,
+        longest: int,
+        clock: Callable[[], float],
+        before: Callable[[], Awaitable[None]],
+        on_fault: Callable[..., None],
+    ) -> None:
+        """Args.
+
+        calls: The queue's.
+        visibility: Seconds that a message is ours.
+        longest: Seconds of one poll.
+        clock: What receives are stamped with.
+        before: To be done before each poll.
+        on_fault: Told what goes wrong between calls.
+        """
+        self._calls = calls
+        self._visibility = visibility
+        self._longest = longest
+        self._clock = clock
+        self._before = before
+        self._on_fault = on_fault
+        # Of a FIFO queue one poll may give several messages of a group, which lanes would do side by side.
+        self._at_once = 1 if calls.address.fifo else ENTRIES
+        self._waiters: list[_Waiter] = []
+        self._news = anyio.Event()
+        self._over = False
+
+    async def run(self) -> None:
+        """Poll while somebody waits."""
+        try:
+            while True:
+                while not self._waiters:
+                    self._news = anyio.Event()
+                    await self._news.wait()
+                with anyio.CancelScope(shield=True):
+                    await self._poll()
+                await anyio.lowlevel.checkpoint()
+        finally:
+            self._over = True
+            self._fail("the source has ended")
+
+    async def next(self, wait: float) -> Message | None:
+        """The next message; None once a whole poll, and `wait` seconds, brought none.
+
+        Cancelled, it returns the message that has come all the same.
+
+        Raises:
+            SourceUnavailableError: The queue is out of reach.
+        """
+        if self._over:
+            raise SourceUnavailableError("the source has ended")
+        waiter = _Waiter(anyio.current_time() + wait)
+        self._waiters.append(waiter)
+        self._news.set()
+        try:
+            await waiter.done.wait()
+        except anyio.get_cancelled_exc_class():
+            if waiter.message is None:
+                raise
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+        if waiter.error is not None:
+            raise waiter.error
+        return waiter.message
+
+    async def _poll(self) -> None:
+        asked = [*self._waiters]
+        count = min(len(asked), self._at_once)
+        left = min(waiter.until for waiter in asked) - anyio.current_time()
+        seconds = max(1, min(self._longest, math.ceil(left)))
+        try:
+            await self._before()
+            found = await self._calls.receive(count, seconds, self._visibility)
+        except SourceUnavailableError as error:
+            self._fail(str(error))
+            return
+        spare = [message for message in self._messages(found) if not self._hand_out(message)]
+        if spare:
+            await self._put_back(spare)
+        now = anyio.current_time()
+        for waiter in asked:
+            if waiter in self._waiters and waiter.until - now < _NEARLY:
+                self._end(waiter)
+
+    def _messages(self, found: list[dict[str, Any]]) -> list[Message]:
+        received = self._clock()
+        return [Message.of(entry, received) for entry in found]
+
+    def _hand_out(self, message: Message) -> bool:
+        """Give it to whoever waits longest; False if nobody does."""
+        if not self._waiters:
+            return False
+        waiter = self._waiters[0]
+        waiter.message = message
+        self._end(waiter)
+        return True
+
+    def _end(self, waiter: _Waiter) -> None:
+        self._waiters.remove(waiter)
+        waiter.done.set()
+
+    def _fail(self, error: str) -> None:
+        for waiter in [*self._waiters]:
+            waiter.error = SourceUnavailableError(error)
+            self._end(waiter)
+
+    async def _put_back(self, messages: list[Message]) -> None:
+        try:
+            results = await self._calls.hide([Change(message.handle, 0) for message in messages])
+        except SourceUnavailableError as error:
+            results = [error] * len(messages)
+        for message, failure in zip(messages, results, strict=True):
+            if failure is not None:  # it lapses by itself
+                self._on_fault("message_not_put_back", message=message.id, error=str(failure))
