@@ -89,6 +89,9 @@ class ScriptedLease:
     async def release(self, reason: str = "", *, delay: float = 0.0, fruitless: bool = False) -> None:
         await self._settle("release", reason=reason, delay=delay, fruitless=fruitless)
 
+    async def withdraw(self) -> None:
+        await self._settle("withdraw")
+
     @property
     def how(self) -> list[str]:
         """How it was settled."""
@@ -237,7 +240,7 @@ class ScriptedDelivery:
                 await drain.requested.wait()
                 await anyio.sleep(self.stop_seconds)
                 assignment.ended()
-                return Ending(Outcome.RELEASE, "the worker was told to stop", Result(exit_code=0), whole=True)
+                return Ending(Outcome.RELEASE, drain.words, Result(exit_code=0), whole=True)
         except anyio.get_cancelled_exc_class():
             self.cancelled += 1
             raise

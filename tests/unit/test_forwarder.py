@@ -218,13 +218,59 @@ async def test_a_lease_that_ends_in_any_phase_stops_everything_and_nothing_is_re
     world = World(lease, delivery=delivery, hooks={phase: hang})
     took = await world.run(limit=60)
     assert took <= 21
-    assert lease.tries == []
+    assert lease.how == (["withdraw"] if state is LeaseState.CANCELLED else [])
     assert f"{phase} done" not in world.calls
     assert "discard" not in world.calls
     assert delivery.cancelled == (phase == "run")
     assert world.settled()["outcome"] == state.value
     if phase == "run":
         assert not any(call.startswith("flush") for call in world.calls)
+
+
+@pytest.mark.parametrize("phase", ["restore", "run"])
+async def test_a_job_that_the_queue_will_take_away_is_handed_back_before_as_in_a_drain(phase: str) -> None:
+    lease = ScriptedLease(answers=[LeaseState.HELD, LeaseState.ENDING])
+    after = ScriptedLease(job=Job("job-2", b"{}"))
+    delivery = ScriptedDelivery(stop_seconds=5.0)
+    restores: list[float] = []
+
+    async def slow_once() -> None:
+        restores.append(anyio.current_time())
+        first = len(restores) == 1
+        delivery.seconds = math.inf if first and phase == "run" else 1.0
+        if first and phase == "restore":
+            await anyio.sleep(60)
+
+    world = World(lease, after, delivery=delivery, hooks={"restore": slow_once})
+    await world.run(limit=120)
+    assert lease.how == ["release"]
+    assert "before that" in lease.settled[0][1]["reason"]
+    assert not lease.settled[0][1]["fruitless"]
+    assert after.how == ["complete"], "the worker goes on with other jobs"
+    if phase == "run":
+        assert "flush whole" in world.calls
+        assert len(lease.extended) >= 2, "it is kept while it is flushed"
+
+
+async def test_the_flush_before_a_queue_takes_a_job_away_may_take_long() -> None:
+    async def long() -> None:
+        await anyio.sleep(1200)
+
+    lease = ScriptedLease(answers=[LeaseState.ENDING])
+    world = World(lease, delivery=ScriptedDelivery(seconds=math.inf), hooks={"flush": long})
+    await world.run(limit=2000)
+    assert lease.how == ["release"]
+    assert "flush whole done" in world.calls or "flush done" in world.calls
+    assert len(lease.extended) > 100
+
+
+async def test_a_job_whose_cancellation_can_not_be_told_does_not_keep_the_worker() -> None:
+    lease = ScriptedLease(answers=[LeaseState.CANCELLED], settle_answers=[OUT_OF_REACH] * 999)
+    world = World(lease, delivery=ScriptedDelivery(seconds=math.inf))
+    took = await world.run(limit=60)
+    assert took < 25
+    assert world.settled()["outcome"] == "cancelled"
+    assert world.settled()["told"] is False
 
 
 async def test_a_job_that_was_lost_when_it_is_to_be_settled_is_not_called_done() -> None:

@@ -148,14 +148,43 @@ def test_times_are_finite(name: str) -> None:
     ("change", "word"),
     [
         ({"compression": True}, "compression"),
-        ({"webhook": "http://x"}, "webhook"),
-        ({"result_key": "k"}, "result_key"),
     ],
 )
 def test_what_is_not_supported_yet_is_refused_by_name(change: dict[str, Any], word: str) -> None:
     error = fault({"command": "true", **change})
     assert word in str(error)
     assert "not supported yet" in error.reason
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://x/",
+        "x",
+        "http://",
+        "http://user:secret@x/",
+        "http://x y/",
+        "http://x:0/",
+        "http://[::1",
+        "http://\u00e9/",
+    ],
+)
+def test_a_webhook_is_an_url_without_a_user(url: str) -> None:
+    error = fault({"command": "true", "webhook": url})
+    assert error.field == "webhook"
+    assert "secret" not in error.reason.replace("HEELER_WEBHOOK_SECRET", "")
+    assert parse(command="true", webhook="https://example.com:8443/done?x=1").webhook is not None
+
+
+@pytest.mark.parametrize("key", ["../x", "a/../b", "a\0b", "/x", "x" * 901])
+def test_a_result_key_stays_below_its_prefix(key: str) -> None:
+    assert fault({"command": "true", "result_key": key}).field == "result_key"
+
+
+@pytest.mark.parametrize("index", [-1, 1.5, "1", True])
+def test_an_index_is_a_whole_number_from_zero(index: object) -> None:
+    assert fault({"command": "true", "index": index}).field == "index"
+    assert parse(command="true", index=0).index == 0
 
 
 def test_a_ready_file_belongs_to_a_snapshot() -> None:

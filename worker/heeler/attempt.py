@@ -28,6 +28,9 @@ from heeler_sync.errors import (
 )
 
 _RELEASE_DELAY = 5.0
+_HANDOVER_SECONDS = 1500.0
+"""Of a job whose queue is about to take it away (half an hour before): for its program's end and the flush."""
+_HANDOVER = "the queue takes every job away after a time: handed back before that"
 _KEPT_BODY_BYTES = 256 << 10
 """An answer up to this size is kept with a job's last generation, to be told again if the job comes again."""
 
@@ -52,12 +55,16 @@ class Attempt:
         self._keeper = keeper
         self._files = files
         self._delivery = delivery
-        self._drain = drain
+        self._worker_drain = self._drain = drain
         self._status = status
         self._checkpoints = checkpoints
 
     async def run(self) -> Ending:
         """Work until the attempt ends, the lease ends, or the drain leaves just enough time to tell the queue."""
+        with self._worker_drain.of_one_job(self._keeper.ending, _HANDOVER, _HANDOVER_SECONDS) as self._drain:
+            return await self._run()
+
+    async def _run(self) -> Ending:
         ending = None
         with self._keeper.ended.ends(), self._drain.until_nearly_over():
             if not self._keeper.ended.is_set():  # between two tries: work without folders reaches the app uncancelled
@@ -73,7 +80,7 @@ class Attempt:
     async def _work(self) -> Ending:
         try:
             if not await self._restore():
-                return Ending(Outcome.RELEASE, "the worker was told to stop")
+                return Ending(Outcome.RELEASE, self._drain.words)
         except FinishedError as finished:
             return Ending(Outcome.DONE, "it was done already", Result.from_json(finished.result))
         except FencedError as error:

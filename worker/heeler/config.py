@@ -39,7 +39,16 @@ _NOT_SETTINGS = {
     # What we tell the program: a heeler started by a job of another must not stumble over them.
     *(
         f"HEELER_{name}"
-        for name in ("JOB_ID", "ATTEMPT", "INPUT_DIR", "CHECKPOINT_DIR", "OUTPUT_DIR", "PROCESS_TAG", "CONTROL_URL")
+        for name in (
+            "JOB_ID",
+            "JOB_INDEX",
+            "ATTEMPT",
+            "INPUT_DIR",
+            "CHECKPOINT_DIR",
+            "OUTPUT_DIR",
+            "PROCESS_TAG",
+            "CONTROL_URL",
+        )
     ),
 }
 

@@ -12,7 +12,8 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -66,6 +67,13 @@ def _without_climbing(value: str) -> str:
     return value
 
 
+def _unless_off(value: object) -> object:
+    return None if value is False or value == "" else value
+
+
+T = TypeVar("T")
+_Off = Annotated[T, BeforeValidator(_unless_off)]
+"""May be said to be off by `false`, as Kelpie's documents do."""
 _Path = Annotated[_Text, AfterValidator(_without_climbing)]
 
 
@@ -129,12 +137,27 @@ class JobDocument(_Model):
     timeout: float | None = Field(default=None, gt=0, le=_TEN_YEARS, allow_inf_nan=False)
     max_failures: int = Field(default=3, ge=1, le=1000)
     heartbeat_interval: float | None = Field(default=None, ge=0.1, le=3600, allow_inf_nan=False)
+    index: int | None = Field(default=None, ge=0, strict=True)
+    webhook: _Off[str | None] = None
+    result_key: _Off[_Path | None] = Field(default=None, min_length=1, max_length=900)
 
     @field_validator("id")
     @classmethod
     def _plain_id(cls, value: str | None) -> str | None:
         if value is not None:
             check_job_id(value)
+        return value
+
+    @field_validator("webhook")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        return None if value is None else check_webhook(value)
+
+    @field_validator("result_key")
+    @classmethod
+    def _below(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith("/"):
+            raise ValueError("starts with '/': it is a key below the prefix of the records")
         return value
 
     @field_validator("environment")
@@ -148,8 +171,6 @@ class JobDocument(_Model):
 
 _LATER = {
     "compression": "gzipped objects are not supported yet; leave it out or set it to false",
-    "webhook": "webhooks are not supported yet; leave it out",
-    "result_key": "results in storage are not supported yet; leave it out",
 }
 
 
@@ -161,6 +182,24 @@ def check_job_id(value: str) -> str:
     """
     if not _JOB_ID.fullmatch(value) or ".." in value:
         raise ValueError(f"{value!r} can't be used: an id is 1 to 200 letters, digits and . _ : @ = + -")
+    return value
+
+
+def check_webhook(value: str) -> str:
+    """The URL, if a webhook can be sent to it.
+
+    Raises:
+        ValueError: It can't.
+    """
+    try:
+        parts = urlsplit(value)
+        fit = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        fit = False
+    if not fit or not value.isascii() or not value.isprintable() or " " in value:
+        raise ValueError("is no http or https URL")
+    if parts.username is not None:
+        raise ValueError("holds a user before an '@': sign webhooks with HEELER_WEBHOOK_SECRET instead")
     return value
 
 
@@ -234,9 +273,9 @@ def first_fault(error: ValidationError) -> InvalidJobError:
 
 @dataclass(frozen=True)
 class Target:
-    """Where on this machine the queue wants a job to be delivered: the app's port, and the path to POST to."""
+    """Where on this machine the queue wants a job to be delivered: the app's port, if it says so, and the path."""
 
-    port: int
+    port: int | None
     path: str
 
 
@@ -249,12 +288,14 @@ class Job:
         body: The message as it came.
         target: Where to deliver it, if the queue says so.
         headers: What the queue's own worker would tell the app besides, by name.
+        index: Its place in an array of jobs, from 0.
     """
 
     id: str
     body: bytes
     target: Target | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    index: int | None = None
 
     def document(self) -> JobDocument:
         """The job document in it; raises `InvalidJobError`, also for an id that can't stand in keys and paths."""

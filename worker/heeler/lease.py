@@ -68,6 +68,8 @@ class LeaseKeeper:
         self._answered = anyio.Event()
         self.state = LeaseState.HELD
         self.ended = Signal()
+        self.ending = Signal()
+        """Set when the queue will take the job away before long: it is to be handed back, and is ours until then."""
 
     @property
     def confirmed(self) -> bool:
@@ -135,6 +137,11 @@ class LeaseKeeper:
             self._call = None
         if self._settled:
             return
+        if state is LeaseState.ENDING:
+            if not self.ending.is_set():
+                self._on_event("lease_ending", {})
+            self.ending.set()
+            state = LeaseState.HELD
         self.state = state
         self._failures = 0
         self._told_durable = durable

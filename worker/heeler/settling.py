@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 
 import anyio
@@ -19,6 +19,7 @@ RETRY = (0.2, 5.0)
 """Seconds between two tries of a call to the queue: the first, and the longest."""
 _UNWIND_SECONDS = 0.3
 _LONGEST_DELAY = 300.0
+_WITHDRAW_SECONDS = 10.0
 
 
 class Settling:
@@ -57,23 +58,36 @@ class Settling:
             delay = min(_LONGEST_DELAY, self._retry_delay * 2.0 ** min(lease.attempt - 1, 20))
             ending = replace(ending, delay=max(ending.delay, delay * self._rng.uniform(0.5, 1.0)))
         told = False
-        backoff = Doubling(*RETRY, self._rng)
-        with keeper.ended.ends(), self._drain.until_over():
-            try:
-                while not (told := await self._tell(lease, ending)):  # noqa: ASYNC110 - a retry, not a poll
-                    await anyio.sleep(backoff.next())
-            except LeaseLostError as error:
-                self._status.fault("lease_lost", error=str(error))
-                ending, told = Ending(Outcome.LOST, "another worker has it"), True
+        try:
+            with self._while_ours(keeper, ending), self._drain.until_over():
+                told = await self._tell_at_last(lease, ending)
+            if not told and keeper.state is LeaseState.CANCELLED and ending.outcome is not Outcome.CANCELLED:
+                ending = Ending(Outcome.CANCELLED, "cancelled")
+                with self._while_ours(keeper, ending), self._drain.until_over():
+                    told = await self._tell_at_last(lease, ending)
+        except LeaseLostError as error:
+            self._status.fault("lease_lost", error=str(error))
+            ending, told = Ending(Outcome.LOST, "another worker has it"), True
         if not told and keeper.state is LeaseState.LOST:
             ending = Ending(Outcome.LOST, "another worker has it")
-        elif not told and keeper.state is LeaseState.CANCELLED:
-            ending = Ending(Outcome.CANCELLED, "cancelled")
         self._status.settled(ending, told=told)
         return ending, told
 
+    def _while_ours(self, keeper: LeaseKeeper, ending: Ending) -> AbstractContextManager[anyio.CancelScope]:
+        """How long the queue may be told; of a cancelled job, whose lease has ended, not for long."""
+        if ending.outcome is Outcome.CANCELLED:
+            return anyio.move_on_after(_WITHDRAW_SECONDS)
+        return keeper.ended.ends()
+
+    async def _tell_at_last(self, lease: Lease, ending: Ending) -> bool:
+        """Tell the queue again and again, until it knows."""
+        backoff = Doubling(*RETRY, self._rng)
+        while not await self._tell(lease, ending):  # noqa: ASYNC110 - a retry, not a poll
+            await anyio.sleep(backoff.next())
+        return True
+
     async def _tell(self, lease: Lease, ending: Ending) -> bool:
-        if ending.outcome in (Outcome.LOST, Outcome.CANCELLED):
+        if ending.outcome is Outcome.LOST:
             return True
         reason = self._status.clean(ending.reason)
         try:
@@ -83,6 +97,8 @@ class Settling:
                 await lease.retry(reason, result=ending.result, delay=ending.delay)
             elif ending.outcome is Outcome.FAIL:
                 await lease.fail(reason, result=ending.result)
+            elif ending.outcome is Outcome.CANCELLED:
+                await lease.withdraw()
             else:
                 await lease.release(reason, delay=ending.delay, fruitless=ending.fruitless)
         except SourceUnavailableError as error:

@@ -23,6 +23,7 @@ from heeler.tasks import background
 _LEAST_GRACE = 1.0
 _RETRY_REST_SECONDS = 1.0
 """The rest of a job whose program asks to be run again: a program that always does would spin otherwise."""
+_INDEX = ("HEELER_JOB_INDEX", "AWS_BATCH_JOB_ARRAY_INDEX")
 _MACHINE_REST_SECONDS = 5.0
 """The rest of a job that could not be run here: so that another machine may take it."""
 
@@ -112,10 +113,12 @@ class CommandDelivery:
 
     def _environment(self, document: JobDocument, assignment: Assignment) -> dict[str, str]:
         job_id, attempt = assignment.job.id, str(assignment.attempt)
+        index = {} if document.index is None else {name: str(document.index) for name in _INDEX}
         return {
             **self._settings.environment,
             **document.environment,
             **assignment.environment,
+            **index,
             "HEELER_JOB_ID": job_id,
             "HEELER_ATTEMPT": attempt,
             "KELPIE_JOB_ID": job_id,
@@ -131,7 +134,7 @@ class CommandDelivery:
             return Ending(Outcome.RETRY, f"ran longer than its timeout of {watch.timeout:g} s ({how})", result)
         if watch.drained:
             whole = how.code is not None and not stuck
-            return Ending(Outcome.RELEASE, "the worker was told to stop", result, whole=whole)
+            return Ending(Outcome.RELEASE, watch.drain.words, result, whole=whole)
         if stuck and (how.code == 0 or asked_for_retry):
             reason = f"{how}, but some of its processes do not die here"
             return Ending(Outcome.RELEASE, reason, result, delay=_MACHINE_REST_SECONDS, fruitless=True)
@@ -147,7 +150,7 @@ class _Watch:
 
     def __init__(self, running: Child, drain: Drain, timeout: float, timeout_grace: float) -> None:
         self._running = running
-        self._drain = drain
+        self.drain = drain
         self._timeout_grace = timeout_grace
         self.timeout = timeout
         self.timed_out = False
@@ -162,12 +165,12 @@ class _Watch:
         raise AssertionError("background does not swallow")
 
     async def _stop_in_drain(self, assignment: Assignment) -> None:
-        await self._drain.requested.wait()
+        await self.drain.requested.wait()
         self.drained = True
         self._running.terminate()
-        grace = self._drain.left() - await assignment.reserve()
+        grace = self.drain.left() - await assignment.reserve()
         with anyio.move_on_after(max(_LEAST_GRACE, grace)):
-            await self._drain.hurried.wait()
+            await self.drain.hurried.wait()
         await self._running.kill()
 
     async def _stop_at_timeout(self) -> None:

@@ -100,7 +100,7 @@ class HttpDelivery:
         """As `Delivery.deliver`."""
         if (ending := await self._reached(assignment.job, drain)) is not None:
             return ending
-        watch = _Watch(self._program, drain, self._settings.timeout)
+        watch = _Watch(self._program, drain, self._settings.timeout, lambda: self._calls == 1)
         self._readiness.enter()
         self._calls += 1
         try:
@@ -116,7 +116,7 @@ class HttpDelivery:
 
     async def _reached(self, job: Job, drain: Drain) -> Ending | None:
         """Wait until the app can take the job; why it could not, if so."""
-        if job.target is not None and self._readiness.learn(job.target.port):
+        if job.target is not None and job.target.port is not None and self._readiness.learn(job.target.port):
             await self._readiness.look()
         if self.available:
             return None
@@ -124,7 +124,7 @@ class HttpDelivery:
             if await self.ready():
                 return None
         if drain.requested.is_set():
-            return Ending(Outcome.RELEASE, "the worker was told to stop")
+            return Ending(Outcome.RELEASE, drain.words)
         given_up = self.given_up()
         if given_up is not None:
             return Ending(Outcome.RELEASE, given_up.reason, fruitless=True)
@@ -143,7 +143,7 @@ class HttpDelivery:
         if watch.drained:
             whole = await watch.farewell(assignment)
             assignment.ended()
-            return Ending(Outcome.RELEASE, "the worker was told to stop", whole=whole)
+            return Ending(Outcome.RELEASE, watch.drain.words, whole=whole)
         assignment.ended()
         if watch.timed_out:
             return Ending(Outcome.RETRY, f"the app took longer than {self._settings.timeout:g} s")
@@ -204,7 +204,7 @@ class HttpDelivery:
         spoiled, self._spoiled = self._spoiled, None
         if spoiled is not self._program.life:
             return
-        if drain.requested.is_set():
+        if drain.everything:
             await self._program.stop(grace=0.0)
         else:
             await self._program.restart()
@@ -220,9 +220,10 @@ class _Watch:
         drained: Whether we were told to stop meanwhile.
     """
 
-    def __init__(self, program: Program | None, drain: Drain, timeout: float) -> None:
+    def __init__(self, program: Program | None, drain: Drain, timeout: float, alone: Callable[[], bool]) -> None:
         self.life = program.life if program is not None else None
-        self._drain = drain
+        self.drain = drain
+        self._alone = alone
         self._timeout = timeout
         self._until = math.inf
         self.abandoned = True
@@ -234,7 +235,7 @@ class _Watch:
     ) -> Answer | Exception | None:
         """What the call gives; None if it was ended."""
         with anyio.move_on_after(self._timeout) as scope:
-            async with self._drain.requested.starts(partial(self._stop_in_drain, assignment, scope)):
+            async with self.drain.requested.starts(partial(self._stop_in_drain, assignment, scope)):
                 answer = await post()
                 self.abandoned = isinstance(answer, SilentError)
                 return answer
@@ -244,7 +245,7 @@ class _Watch:
     async def farewell(self, assignment: Assignment) -> bool:
         """In a drain: wait for the program's end and end it after its grace; whether it ended by itself."""
         life = self.life
-        if life is None:
+        if life is None or not life.told:
             return False
         with anyio.CancelScope(deadline=await self._grace_end(assignment)):
             await self._over_or_hurried(life)
@@ -258,6 +259,9 @@ class _Watch:
     async def _stop_in_drain(self, assignment: Assignment, scope: anyio.CancelScope) -> None:
         """Tell the program to stop: it may answer yet, or its end closes the connection."""
         self.drained = True
+        if not self.drain.everything and not self._alone():
+            scope.cancel()  # the others' jobs go on; the program is started anew after the last of them
+            return
         scope.deadline = math.inf
         if self.life is not None:
             self.life.terminate()
@@ -270,11 +274,11 @@ class _Watch:
         """Until when the program may take to end by itself."""
         if math.isinf(self._until):
             reserve = await assignment.reserve()
-            self._until = anyio.current_time() + grace_of(self._drain, reserve)
+            self._until = anyio.current_time() + grace_of(self.drain, reserve)
         return self._until
 
     async def _over_or_hurried(self, life: Life | None) -> None:
-        with self._drain.hurried.ends():
+        with self.drain.hurried.ends():
             await (life.over.wait() if life is not None else anyio.sleep_forever())
 
 
@@ -290,6 +294,7 @@ def headers_of(assignment: Assignment) -> dict[str, str]:
         **job.headers,
         "Heeler-Job-Id": job.id,
         "Heeler-Attempt": str(assignment.attempt),
+        **({"Heeler-Job-Index": str(job.index)} if job.index is not None else {}),
         **{name: path for name, path in folders.items() if path is not None},
     }
     return {name: _utf8(value) for name, value in said.items() if not _OUT_OF_HEADER.search(value)}

@@ -35,17 +35,18 @@ class Life:
         child: The process.
         over: Set when it and all its descendants have ended.
         how: How it ended, then.
+        told: Whether it was told to end.
     """
 
     child: Child
     over: anyio.Event = field(default_factory=anyio.Event)
     how: Exit | None = None
-    _told: bool = False
+    told: bool = False
 
     def terminate(self) -> None:
         """SIGTERM to its group, once: many programs take a second one for impatience."""
-        if not self._told:
-            self._told = True
+        if not self.told:
+            self.told = True
             self.child.terminate()
 
 
@@ -86,7 +87,6 @@ class Program:
         self._on_fault = on_fault
         self._rng = rng
         self._restarts = 0
-        self._restart_asked = False
         self.life: Life | None = None
         self.given_up: GivenUp | None = None
         self.changed = anyio.Event()
@@ -124,24 +124,23 @@ class Program:
 
     async def restart(self) -> None:
         """End it, whatever it does; `run` starts it anew, and this does not count as its fault."""
-        self._restart_asked = self.life is not None
         await self.stop()
 
     async def _live_once(self, log: JobLog) -> None:
-        reason, code = "", 1
+        reason, code, told = "", 1, False
         try:
-            how = await self._live(log)
+            life = await self._live(log)
         except CannotStartError as error:
             self._give_up(GivenUp(EXIT_USAGE, str(error)))
             return
         except MachineError as error:
             reason = str(error)
         else:
+            how, told = life.how or Exit(1, None), life.told
             reason, code = str(how), 128 + how.signal if how.signal is not None else how.code or 0
         if self._drain.requested.is_set():
             return
-        if self._restart_asked:
-            self._restart_asked = False
+        if told:
             self._on_event("app_restarted")
             return
         self._restarts += 1
@@ -152,7 +151,7 @@ class Program:
         self._on_fault("app_ended", error=reason, restart_in=round(rest, 3), restarts=self._restarts)
         await anyio.sleep(rest)
 
-    async def _live(self, log: JobLog) -> Exit:
+    async def _live(self, log: JobLog) -> Life:
         """One life, from start to end."""
         stdout, stderr = ((log.write, passed_to(stream)) for stream in (sys.stdout.buffer, sys.stderr.buffer))
         settings = self._settings
@@ -167,7 +166,7 @@ class Program:
                     with anyio.CancelScope(shield=True):
                         await self.stop()
                     raise
-        return life.how or Exit(1, None)
+        return life
 
     async def _watch(self, life: Life) -> None:
         with anyio.CancelScope(shield=True):  # whoever stops the program waits for `over`

@@ -29,12 +29,14 @@ class LeaseState(enum.Enum):
     """What the queue says when a lease is extended."""
 
     HELD = "held"
+    ENDING = "ending"
+    """Held, but the queue takes it away before long, whatever is done: to be handed back as in a drain."""
     LOST = "lost"
     CANCELLED = "cancelled"
 
 
 class Lease(Protocol):
-    """The right to work on one job until it expires. It is settled at most once, by one of the last four calls.
+    """The right to work on one job until it expires. It is settled at most once, by one of the last five calls.
 
     Each of those raises `LeaseLostError` when the job is no longer ours, and `SourceUnavailableError` when it is
     not known whether the call took effect; repeating it is safe.
@@ -98,6 +100,10 @@ class Lease(Protocol):
 
         Too many `fruitless` ones in a row (nobody asked for it, and nothing became durable) fail the job.
         """
+        ...
+
+    async def withdraw(self) -> None:
+        """`extend` said that the job was cancelled, and its program has ended."""
         ...
 
 

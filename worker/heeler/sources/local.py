@@ -90,6 +90,9 @@ class LocalLease:
         call = partial(self._table.release, self.job.id, self._taken.token, reason, delay, fruitless=fruitless)
         await _in_thread(call)
 
+    async def withdraw(self) -> None:
+        """As `Lease.withdraw`: the queue knows."""
+
 
 class LocalSource:
     """The worker's side of the queue."""

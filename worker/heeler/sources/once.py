@@ -104,6 +104,9 @@ class OnceLease:
         """As `Lease.release`."""
         self._source.put_back(self._attempt, reason, delay, fruitless=fruitless)
 
+    async def withdraw(self) -> None:
+        """As `Lease.withdraw`: the queue knows."""
+
 
 def once_of_document(body: bytes, state_dir: Path, clock: Callable[[], float] = time.time) -> OnceSource:
     """The source of the job that a document describes.

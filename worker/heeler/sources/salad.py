@@ -100,6 +100,9 @@ class SaladLease:
         del reason, delay, fruitless
         await self._source.settle(self._held, None)
 
+    async def withdraw(self) -> None:
+        """As `Lease.withdraw`: nobody cancels a job there."""
+
 
 class SaladSource:
     """The worker's side of the queue."""

@@ -142,6 +142,11 @@ class SqsLease:
         if self._queue.dead.receives is not None and self.attempt >= self._queue.dead.receives:
             self._queue.on_fault("redrive_takes_job", message=self._message.id, receives=self.attempt)
 
+    async def withdraw(self) -> None:
+        """As `Lease.withdraw`: the message is deleted."""
+        if not self._over():
+            await self._delete()
+
     def _over(self) -> bool:
         """Whether it is settled already.
 
