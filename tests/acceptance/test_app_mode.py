@@ -599,7 +599,6 @@ def test_an_external_app_that_goes_away_and_comes_back_costs_no_job(app: AppWorl
         (["--delivery", "command"], ["true"], "leave out the program"),
         (["--delivery", "command", "--app-url", "http://localhost:1"], [], "leave out the program"),
         (["--app-url", "localhost:8080"], [], "must be like http://127.0.0.1:8080"),
-        (["--concurrency", "2"], [], "--concurrency is for an app"),
         (["--app-path", "jobs"], ["true"], "a path that starts with /"),
     ],
 )

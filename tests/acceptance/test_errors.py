@@ -58,7 +58,7 @@ def run(world: World, *arguments: str, **environment: str) -> Said:
         (["--source", "local:q", "--delivery", "app"], "who is the app?"),
         (["--source", "local:q", "--app-url", "https://127.0.0.1"], "must be like http://127.0.0.1:8080"),
         (["--source", "local:q", "--app-path", "jobs"], "a path that starts with /"),
-        (["--source", "local:q", "--concurrency", "2"], "--concurrency is for an app"),
+        (["--source", "once", "--concurrency", "2"], "gives one job at a time"),
         (["--source", "local:q", "--config", "no-such.toml"], "no-such.toml can't be read"),
     ],
 )

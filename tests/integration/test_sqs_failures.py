@@ -38,7 +38,7 @@ async def test_a_message_that_always_fails_goes_to_the_dead_letter_queue_with_th
 ) -> None:
     sent = {"color": {"DataType": "String", "StringValue": "red"}}
     sent["data"] = {"DataType": "Binary", "BinaryValue": b"\0\1"}  # type: ignore[dict-item]
-    queues.send("poison", MessageAttributes=sent)
+    message_id = queues.send("poison", MessageAttributes=sent)
     async with running(queues.url, queues.dead, worker="host:1") as rig:
         for attempt in (1, 2, 3):
             lease = await rig.take(3.0)
@@ -53,7 +53,8 @@ async def test_a_message_that_always_fails_goes_to_the_dead_letter_queue_with_th
     reason = dead["attributes"].pop("heeler-reason")
     assert reason.startswith("exit code 3?xxx")
     assert len(reason) == 1000
-    assert dead["attributes"] == {"color": "red", "data": "", "heeler-attempts": "3", "heeler-worker": "host:1"}
+    ours = {"heeler-job-id": message_id, "heeler-attempts": "3", "heeler-worker": "host:1"}
+    assert dead["attributes"] == {"color": "red", "data": "", **ours}
 
 
 async def test_a_job_document_says_how_often_it_may_fail(queues: Queues) -> None:
@@ -65,22 +66,52 @@ async def test_a_job_document_says_how_often_it_may_fail(queues: Queues) -> None
     assert [message["attributes"]["heeler-reason"] for message in queues.set_aside()] == ["no"]
 
 
-async def test_the_senders_attributes_go_before_our_own(queues: Queues) -> None:
-    sent = {f"a{number}": {"DataType": "String", "StringValue": "v"} for number in range(9)}
+NOTES = ["heeler-job-id", "heeler-reason", "heeler-attempts", "heeler-worker"]
+
+
+@pytest.mark.parametrize("room", range(5))
+async def test_the_senders_attributes_go_before_our_own_and_then_the_id_and_the_reason(
+    queues: Queues, room: int
+) -> None:
+    sent = {f"a{number}": {"DataType": "String", "StringValue": "v"} for number in range(10 - room)}
     queues.send("x", MessageAttributes=sent)
     async with running(queues.url, queues.dead) as rig:
         await (await rig.take()).fail("no", result=FAILED)
-    assert queues.set_aside()[0]["attributes"].keys() == sent.keys() | {"heeler-reason"}
+    assert queues.set_aside()[0]["attributes"].keys() == sent.keys() | {*NOTES[:room]}
 
 
-async def test_notes_that_make_the_message_too_long_are_left_out(server: SqsServer, queues: Queues) -> None:
-    queues.send("x")
+@pytest.mark.parametrize("refusals", [1, 2])
+async def test_notes_that_make_the_message_too_long_are_left_out(
+    server: SqsServer, queues: Queues, refusals: int
+) -> None:
+    message_id = queues.send("x")
     async with running(queues.url, queues.dead) as rig:
-        server.refuse("SendMessage", 400, "InvalidParameterValue")
+        for _ in range(refusals):
+            server.refuse("SendMessage", 400, "InvalidParameterValue")
         await (await rig.take()).fail("no", result=FAILED)
-        assert "dead_letter_without_reason" in rig.told()
-    assert queues.set_aside()[0]["attributes"] == {}
+        assert rig.told().count("dead_letter_without_reason") == refusals
+    (dead,) = queues.set_aside()
+    assert dead["attributes"] == ({"heeler-job-id": message_id} if refusals == 1 else {})
     assert queues.left() == []
+
+
+async def test_a_message_that_is_sent_back_from_the_dead_letter_queue_is_the_same_job(queues: Queues) -> None:
+    sent = {"heeler-color": "red", "heeler-index": "7", "a": "1", "b": "2", "c": "3", "d": "4"}  # and four of ours
+    attributes = {name: {"DataType": "String", "StringValue": value} for name, value in sent.items()}
+    message_id = queues.send("x", MessageAttributes=attributes)
+    async with running(queues.url, queues.dead, worker="first") as rig:
+        await (await rig.take()).fail("no", result=FAILED)
+    queues.send_back()
+    async with running(queues.url, queues.dead, worker="second") as rig:
+        again = await rig.take()
+        assert (again.job.id, again.job.index, again.attempt) == (message_id, 7, 1)
+        assert not again.attempts_ordered, "or the head of its checkpoints would refuse an attempt that is lower"
+        assert not any("heeler" in name.lower() and "color" not in name for name in again.job.headers)
+        await again.fail("still no", result=FAILED)
+    (dead,) = queues.set_aside()
+    assert dead["id"] != message_id
+    notes = {"heeler-reason": "still no", "heeler-attempts": "1", "heeler-worker": "second"}
+    assert dead["attributes"] == {**sent, "heeler-job-id": message_id, **notes}
 
 
 async def test_it_is_sent_first_and_deleted_then_and_sent_once_however_often_it_is_told(

@@ -8,11 +8,19 @@ import itertools
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+import anyio
+
 from heeler.config import Settings
 from heeler.local.queue_model import JobStatus
+from heeler.records.announce import Announcer
+from heeler.records.lease import Context
+from heeler.records.record import Record, decode_record, encode_record
+from heeler.records.source import RecordedSource
+from heeler.records.store import RecordStore
 from heeler.sources import SourceRequest
 from heeler.sources.base import LeaseState, Source
 from heeler.sources.local import LocalDesk, LocalSource
@@ -20,7 +28,9 @@ from heeler.sources.local_table import JobTable
 from heeler.sources.once import once_of_document
 from heeler.sources.salad import SaladSource
 from heeler.sources.sqs import SqsSource
+from heeler.webhook import Webhooks
 from heeler.wire.salad_queue import TRIES
+from heeler_sync.store.memory import MemoryStore
 from tests.support.salad import SaladService
 from tests.support.salad_script import StubMachine
 from tests.support.sqs_server import KEY, REGION, SECRET, SqsServer
@@ -50,6 +60,7 @@ class SourceWorld(Protocol):
         tells: Whether a holder hears of its loss without asking.
         cancels: What the holder of a job learns that is cancelled from outside; None if none can be.
         counts: Whether every delivery counts that did not end well, not only failures.
+        numbers: Whether the queue numbers deliveries; else each worker does so for itself.
         tries: None if a job may fail as often as it asks for, and rests are kept. Else every end but success spends
             one of so many tries, without a rest.
     """
@@ -63,6 +74,7 @@ class SourceWorld(Protocol):
     tells: bool
     cancels: LeaseState | None
     counts: bool
+    numbers: bool
     tries: int | None
 
     def submit(self, name: str, *, max_failures: int = 3) -> str:
@@ -96,7 +108,7 @@ class LocalWorld(SourceWorld):
 
     backend, moment = VIRTUAL, 1.0
     many, lapses, reclaims, cancels, tries = True, True, True, LeaseState.CANCELLED, None
-    heirs, tells, counts = False, False, False
+    heirs, tells, counts, numbers = False, False, False, True
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -142,7 +154,7 @@ class OnceWorld(SourceWorld):
 
     backend, moment = VIRTUAL, 1.0
     many, lapses, reclaims, cancels, tries = False, False, False, None, None
-    heirs, tells, counts = True, False, False
+    heirs, tells, counts, numbers = True, False, False, True
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -178,7 +190,7 @@ class SaladWorld(SourceWorld):
 
     backend, moment = "asyncio", 0.3
     many, lapses, reclaims, cancels, tries = True, True, False, LeaseState.LOST, TRIES
-    heirs, tells, counts = True, True, True
+    heirs, tells, counts, numbers = True, True, True, False
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -238,8 +250,9 @@ class SqsWorld(SourceWorld):
     """`sqs`, against moto with its own rules and a clock that we move. Each world has queues of its own."""
 
     backend, moment = "asyncio", 0.3
-    many, lapses, reclaims, cancels, tries = True, True, False, None, None
-    heirs, tells, counts = False, False, True
+    many, lapses, reclaims, tries = True, True, False, None
+    cancels: LeaseState | None = None
+    heirs, tells, counts, numbers = True, False, True, True
     _numbers = itertools.count()
 
     def __init__(self, folder: Path) -> None:
@@ -249,13 +262,21 @@ class SqsWorld(SourceWorld):
         self._dead = self._server.queue(f"dead-{number}")
         self._queue = self._server.queue(f"jobs-{number}")
         self._late = 0.0
-        self._workers = 0
+        self._places: dict[int, Path] = {}
 
     def submit(self, name: str, *, max_failures: int = 3) -> str:
         self._server.client.send_message(QueueUrl=self._queue, MessageBody=_document(name, max_failures).decode())
         return name
 
     def worker(self) -> Source:
+        folder = self._folder / f"w{len(self._places)}"
+        folder.mkdir()
+        return self._source(folder)
+
+    def restarted(self, worker: Source) -> Source:
+        return self._source(self._places[id(worker)])
+
+    def _source(self, folder: Path) -> Source:
         settings = Settings(
             sqs_queue_url=self._queue,
             sqs_dlq_url=self._dead,
@@ -263,12 +284,10 @@ class SqsWorld(SourceWorld):
             sqs_access_key_id=KEY,
             sqs_secret_access_key=SECRET,
         )
-        request = SourceRequest("sqs", f"w{self._workers}", self._folder, settings=settings)
-        self._workers += 1
-        return SqsSource(request, clock=lambda: time.monotonic() + self._late)
-
-    def restarted(self, worker: Source) -> Source:
-        return self.worker()
+        request = SourceRequest("sqs", folder.name, folder, settings=settings)
+        source = SqsSource(request, clock=lambda: time.monotonic() + self._late)
+        self._places[id(source)] = folder
+        return source
 
     def pass_time(self, seconds: float) -> None:
         self._late += seconds
@@ -292,9 +311,56 @@ class SqsWorld(SourceWorld):
         return
 
 
+class RecordedSqsWorld(SqsWorld):
+    """`sqs` with records of its jobs in a bucket."""
+
+    cancels, counts = LeaseState.CANCELLED, False
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._store = MemoryStore()
+        self._records = RecordStore(lambda: self._store, "r/")
+
+    def _wall(self) -> float:
+        return time.time() + self._late
+
+    def _source(self, folder: Path) -> Source:
+        bare = super()._source(folder)
+        assert isinstance(bare, SqsSource)
+        announcer = Announcer(Webhooks(None), None, self._wall, lambda _name, **_fields: None)
+        context = Context(self._records, announcer, self._wall, lambda _name, **_fields: None)
+        source = RecordedSource(bare, context, folder.name, documents=True)
+        self._places[id(source)] = folder
+        return source
+
+    def _record(self, job_id: str) -> tuple[str, Record | None]:
+        key = self._records.key(job_id)
+        data = self._store.objects().get(key)
+        return key, None if data is None else decode_record(data)
+
+    def cancel(self, job_id: str) -> None:
+        key, record = self._record(job_id)
+        assert record is not None
+        self._put(key, record.cancelled(self._wall()))
+
+    def _put(self, key: str, record: Record) -> None:
+        """From outside of the test's event loop."""
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(lambda: anyio.run(self._store.put, key, encode_record(record.signed()))).result()
+
+    def submit(self, name: str, *, max_failures: int = 3) -> str:
+        self._put(self._records.key(name), Record(name, "", "pending", self._wall()))
+        return super().submit(name, max_failures=max_failures)
+
+    def state(self, job_id: str) -> tuple[str, int]:
+        record = self._record(job_id)[1]
+        return ("pending", 0) if record is None else (record.state, record.failures)
+
+
 WORLDS: dict[str, Callable[[Path], SourceWorld]] = {
     "local": LocalWorld,
     "once": OnceWorld,
     "salad": SaladWorld,
     "sqs": SqsWorld,
+    "sqs with records": RecordedSqsWorld,
 }

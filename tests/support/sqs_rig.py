@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,15 @@ class Queues:
     def set_aside(self) -> list[dict[str, Any]]:
         return self._server.messages(self.dead)
 
+    def send_back(self) -> None:
+        """Move what was set aside into the queue again, as a redrive does."""
+        found = self._server.client.receive_message(
+            QueueUrl=self.dead, MaxNumberOfMessages=10, MessageAttributeNames=["All"]
+        )
+        for message in found["Messages"]:
+            self.send(message["Body"], MessageAttributes=message.get("MessageAttributes", {}))
+            self._server.client.delete_message(QueueUrl=self.dead, ReceiptHandle=message["ReceiptHandle"])
+
     def remove(self, message_id: str) -> None:
         """Delete a message behind the back of whoever holds it; the others are visible a second later."""
         self._server.pass_time(61)
@@ -60,7 +70,16 @@ class SqsRig:
         late: Seconds that its clock is ahead.
     """
 
-    def __init__(self, url: str, dead: str | None, endpoint: str | None, visibility: int, worker: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        dead: str | None,
+        endpoint: str | None,
+        visibility: int,
+        worker: str,
+        state: Path,
+        app_mode: bool,
+    ) -> None:
         self.faults: list[tuple[str, dict[str, object]]] = []
         self.late = 0.0
         settings = Settings(
@@ -73,7 +92,12 @@ class SqsRig:
             sqs_visibility=visibility,
         )
         request = SourceRequest(
-            "sqs", worker, Path(), settings=settings, on_fault=lambda name, **fields: self.faults.append((name, fields))
+            "sqs",
+            worker,
+            state,
+            settings=settings,
+            app_mode=app_mode,
+            on_fault=lambda name, **fields: self.faults.append((name, fields)),
         )
         self.source = SqsSource(request, clock=lambda: time.monotonic() + self.late)
 
@@ -102,10 +126,19 @@ class SqsRig:
 
 @asynccontextmanager
 async def running(
-    url: str, dead: str | None = None, *, endpoint: str | None = None, visibility: int = 60, worker: str = "w0"
+    url: str,
+    dead: str | None = None,
+    *,
+    endpoint: str | None = None,
+    visibility: int = 60,
+    worker: str = "w0",
+    state: Path | None = None,
+    app_mode: bool = False,
 ) -> AsyncIterator[SqsRig]:
-    """A source that runs while the block does."""
-    rig = SqsRig(url, dead, endpoint, visibility, worker)
-    async with background(rig.source.run):
-        yield rig
-    await rig.source.aclose()
+    """A source that runs while the block does. What it holds at the end it leaves as a killed process does."""
+    with ExitStack() as stack:
+        folder = state or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        rig = SqsRig(url, dead, endpoint, visibility, worker, folder, app_mode)
+        async with background(rig.source.run):
+            yield rig
+        await rig.source.aclose()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ import boto3
 from heeler.local.processes import free_port
 
 KEY, SECRET, REGION = "sqs-key", "sqs-secret", "us-east-1"
+WORKER_KEY = "sqs-worker-key"
+"""Of callers whose calls may be made to fail."""
 _ACCOUNT = "123456789012"
 _OURS = "/its-own/"
 
@@ -92,6 +95,14 @@ class SqsServer:
         """Refuse the next call of an operation."""
         self.answer(operation, status, {"__type": f"com.amazonaws.sqs#{code}", "message": "as the test wants it"})
 
+    def fail_share(self, share: float, seed: int) -> None:
+        """From now on answer a share of the calls with `WORKER_KEY` with a 503, half of them after doing them."""
+        self._ask(f"share/{share}", str(seed).encode())
+
+    def failed(self) -> Counter[str]:
+        """How often each operation has failed so; what was done all the same is counted as `Operation, done`."""
+        return Counter(json.loads(self._ask("failed/all")))
+
     def _ask(self, path: str, body: bytes | None = None) -> bytes:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"{self.url}{_OURS}{path}", body, timeout=10) as answer:
@@ -107,6 +118,9 @@ class _Front:
         self._late = 0.0
         self._calls: Counter[str] = Counter()
         self._answers: dict[str, list[Any]] = defaultdict(list)
+        self._share = 0.0
+        self._rng = random.Random()
+        self._failed: Counter[str] = Counter()
 
     def now(self) -> float:
         return time.time() + self._late
@@ -124,13 +138,30 @@ class _Front:
             status, body = self._answers[operation].pop(0)
             start(f"{status} X", [("Content-Type", "application/x-amz-json-1.0")])
             return [json.dumps(body).encode()]
+        if f"Credential={WORKER_KEY}/" in environ.get("HTTP_AUTHORIZATION", ""):
+            chance = self._rng.random()
+            if chance < self._share:
+                return self._fail(operation, environ, start, done=chance < self._share / 2)
         return self._moto(environ, start)
+
+    def _fail(
+        self, operation: str, environ: dict[str, Any], start: Callable[..., Any], *, done: bool
+    ) -> Iterable[bytes]:
+        if done:
+            list(self._moto(environ, lambda *_: None))
+        self._failed[f"{operation}, done" if done else operation] += 1
+        start("503 X", [("Content-Type", "application/x-amz-json-1.0")])
+        return [b'{"__type": "com.amazonaws.sqs#ServiceUnavailable", "message": "as the test wants it"}']
 
     def _do(self, what: str, argument: str, environ: dict[str, Any]) -> object:
         if what == "late":
             self._late += float(argument)
         elif what == "answer":
-            self._answers[argument].append(json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))))
+            self._answers[argument].append(json.loads(_body(environ)))
+        elif what == "share":
+            self._share, self._rng = float(argument), random.Random(_body(environ))
+        elif what == "failed":
+            return self._failed
         elif what == "calls":
             return self._calls
         else:
@@ -147,6 +178,10 @@ class _Front:
             "group": message.group_id,
             "attributes": {name: value.get("StringValue", "") for name, value in values},
         }
+
+
+def _body(environ: dict[str, Any]) -> bytes:
+    return bytes(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
 
 
 def _serve(port: int) -> None:

@@ -13,8 +13,10 @@ import pytest
 from heeler.app import process as process_module
 from heeler.app.base import Assignment
 from heeler.app.command import CommandDelivery, CommandSettings
+from heeler.app.output import JobLogs
 from heeler.app.process import RegisterError, Started
 from heeler.app.processes import UndyingError
+from heeler.app.siblings import Siblings
 from heeler.drain import Drain
 from heeler.job import Ending, Job, Outcome
 
@@ -81,8 +83,64 @@ def test_while_a_process_does_not_die_nothing_is_captured_whole_and_nothing_is_d
     def undying(*_: object) -> int:
         raise UndyingError([4711])
 
-    monkeypatch.setattr(process_module, "kill_all", undying)
+    monkeypatch.setattr(Siblings, "kill", undying)
     register = Register()
     ending = deliver(tmp_path, ["sh", "-c", f"exit {code}"], register)
     assert (ending.outcome, ending.whole, ending.result.exit_code) == (outcome, False, code)
     assert register.stuck_pids == [4711]
+
+
+def make_logs(folder: Path, numbers: range, modified: float) -> None:
+    for number in numbers:
+        (folder / f"j{number}").mkdir(parents=True)
+        os.utime(folder / f"j{number}", (modified, modified))
+
+
+def test_the_log_of_a_running_job_stays_however_many_start_and_its_age_counts_from_its_end(tmp_path: Path) -> None:
+    told: list[str] = []
+    logs = JobLogs(tmp_path, lambda job_id, _error: told.append(job_id))
+    log = logs.open("long")
+    os.utime(tmp_path / "long", (1000, 1000))
+    make_logs(tmp_path, range(60), 2000)
+    logs.close("other", logs.open("other"))
+    assert (tmp_path / "long").exists()
+    assert len([*tmp_path.iterdir()]) == 52
+    log.write(b"still here")
+    logs.close("long", log)
+    logs.close("next", logs.open("next"))
+    assert (tmp_path / "long/job.log").read_bytes() == b"still here"
+    os.utime(tmp_path / "long", (1000, 1000))
+    logs.close("last", logs.open("last"))
+    assert not (tmp_path / "long").exists()
+    assert told == []
+
+
+def test_commands_at_once_are_told_apart_and_their_logs_kept(tmp_path: Path) -> None:
+    """The first outlives sixty others."""
+
+    async def nothing() -> float:
+        return 0.0
+
+    async def run() -> None:
+        settings = CommandSettings(dict(os.environ), frozenset({75}), tmp_path / "logs")
+        delivery = CommandDelivery(settings, Register(), lambda _job, _error: None)
+
+        async def one(job_id: str, command: str) -> None:
+            body = json.dumps({"command": "sh", "arguments": ["-c", command]}).encode()
+            assignment = Assignment(Job(job_id, body), 1, {}, nothing, lambda: None)
+            endings[job_id] = await delivery.deliver(assignment, Drain(30))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(one, "long", f"echo first; while ! test -e {tmp_path}/go; do sleep 0.01; done; echo last")
+            while not (tmp_path / "logs/long/job.log").exists():  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+            os.utime(tmp_path / "logs/long", (1000, 1000))
+            make_logs(tmp_path / "logs", range(60), 2000)
+            for number in range(3):
+                await one(f"short-{number}", "(setsid sleep 1000 >/dev/null 2>&1 &); exit 0")
+            (tmp_path / "go").touch()
+
+    endings: dict[str, Ending] = {}
+    anyio.run(run)
+    assert [ending.outcome for ending in endings.values()] == [Outcome.DONE] * 4
+    assert (tmp_path / "logs/long/job.log").read_text() == "first\nlast\n"

@@ -115,3 +115,28 @@ def test_what_does_not_die_is_told_and_stays_recorded_for_the_next_runtime(
     assert left.wait(5) == -9
     assert journal.end_leftovers() == 0
     journal.close()
+
+
+@pytest.mark.parametrize("own_group", [False, True])
+def test_what_dropped_its_environment_is_found_in_the_session_of_a_dead_program(
+    tmp_path: Path, own_group: bool
+) -> None:
+    """Its pid can't have become another's: the session still has members."""
+    mode = "set -m; " if own_group else ""
+    script = f"{mode}env -i sleep 1000 & echo $!"
+    leader = subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    started = processes.start_time(leader.pid)
+    assert started is not None
+    assert leader.stdout is not None
+    with leader.stdout:
+        child = int(leader.stdout.readline())
+    leader.wait()
+    journal = Journal(tmp_path)
+    journal.started(Started(leader.pid, started, "a tag that it dropped"))
+    assert journal.end_leftovers() == 1
+    assert not processes.in_session(leader.pid) or processes.start_time(child) is None or _is_dead(child)
+    journal.close()
+
+
+def _is_dead(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in ("Z", "X")

@@ -1,17 +1,22 @@
-"""What one start has left: found by its tag wherever it went, and ended to the last."""
+"""What one start has left: found by its tag wherever it went, and ended to the last. Of several, each has its own."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import random
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -19,18 +24,24 @@ import anyio.to_thread
 import pytest
 
 from heeler.app import process as process_module
-from heeler.app.process import CannotStartError, Exit, MachineError, Started, child
+from heeler.app import processes as processes_module
+from heeler.app import siblings as siblings_module
+from heeler.app.process import CannotStartError, Child, Exit, MachineError, Started, child
 from heeler.app.processes import (
     TAG_VARIABLE,
     OrphanReaper,
+    Relative,
     UndyingError,
+    become_reaper,
     descendants,
     kill_all,
+    relatives,
     signal_group,
     signal_process,
     start_time,
     tagged,
 )
+from heeler.app.siblings import Sibling, Siblings
 
 TREE = """
 import os, signal, sys, time
@@ -228,6 +239,7 @@ HIDING = """
 import json, os, subprocess, sys, time
 from pathlib import Path
 from heeler.app.processes import become_reaper, descendants, kill_all
+from heeler.app.siblings import Siblings
 become_reaper()
 def hidden():
     # Forked twice, with neither environment nor session of ours; it has a child of its own.
@@ -247,7 +259,9 @@ before = descendants()
 job = hidden()
 untold = kill_all("no-such-tag")
 left = alive(job)
-killed = kill_all("no-such-tag", before=before)
+family = Siblings()
+with family.join("no-such-tag", before) as child:
+    killed = family.kill(child, 5)
 print(json.dumps([untold, left, killed, alive(job), alive(daemon)]))
 for pid in daemon:
     os.kill(pid, 9)
@@ -270,9 +284,9 @@ def test_without_being_a_reaper_we_claim_no_descendants() -> None:
 def test_a_process_that_does_not_die_is_told_once_and_stays_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     patience: list[float] = []
 
-    def undying(_tag: str, group: int, _before: object, seconds: float) -> int:
+    def undying(_self: Siblings, sibling: Sibling, seconds: float) -> int:
         patience.append(seconds)
-        raise UndyingError([group])
+        raise UndyingError([sibling.group or 0])
 
     async def run() -> Exit:
         async with child(["sleep", "60"], dict(os.environ), [], [], register) as running:
@@ -287,7 +301,7 @@ def test_a_process_that_does_not_die_is_told_once_and_stays_recorded(monkeypatch
             await running._process.wait()
         return how
 
-    monkeypatch.setattr(process_module, "kill_all", undying)
+    monkeypatch.setattr(Siblings, "kill", undying)
     monkeypatch.setattr(process_module, "_DRAIN_OUTPUT_SECONDS", 0.1)
     register = Register()
     began = time.monotonic()
@@ -373,3 +387,306 @@ def test_a_child_starts_and_ends_while_all_shared_threads_are_taken() -> None:
             go_on.set()
 
     assert anyio.run(run) == Exit(0, None)
+
+
+# Several children at once: whose is a process?
+
+DAEMONS = {
+    "plain": ["sh -c {} &"],
+    "tagged": ["(setsid sh -c {} &)"],
+    "in its session": ["(env -i sh -c {} &)"],
+    "below it": ["env -i setsid sh -c {} &"],
+    "below a tagged one": ["(setsid sh -c {} &)", "env -i setsid sh -c {} & exec sleep 1000"],
+    "stranger": ["(env -i setsid sh -c {} &)"],
+}
+"""How a program starts each, from the outside in; they are told apart by what still says whose they are."""
+
+BEFORE_ALL = frozenset[tuple[int, int]]()
+
+
+@pytest.fixture
+def reaper() -> Iterator[None]:
+    """We are one for as long as the test runs, and it leaves nothing."""
+    before = {*relatives()}
+    become_reaper()
+    yield
+    for pid in {*relatives()} - before:
+        signal_process(pid, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(processes_module._PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+    orphans = OrphanReaper()
+    orphans.look()
+    orphans.look()
+
+
+def running(pid: int) -> bool:
+    """Whether a process runs; a look at all relatives can miss one that changes its parent meanwhile."""
+    fields = processes_module._stat(pid)
+    return fields is not None and fields[0] not in (b"Z", b"X")
+
+
+class Job:
+    """A running child with daemons of the named kinds."""
+
+    def __init__(self, child: Child, pids: dict[str, int]) -> None:
+        self.child = child
+        self.pids = pids
+
+    def living(self) -> set[str]:
+        return {kind for kind, pid in self.pids.items() if running(pid)}
+
+
+@asynccontextmanager
+async def job(
+    family: Siblings | None, folder: Path, name: str, kinds: Collection[str] = tuple(DAEMONS), end: str = "sleep 1000"
+) -> AsyncIterator[Job]:
+    files = {kind: folder / f"{name} {kind}" for kind in kinds}
+    text = ""
+    for kind, file in files.items():
+        command = f'echo $$ > "{file}.new"; mv "{file}.new" "{file}"; exec sleep 1000'
+        for how in reversed(DAEMONS[kind]):
+            command = how.format(shlex.quote(command))
+        text += f"{command}\n"
+    text += "".join(f'while ! test -e "{file}"; do sleep 0.005; done\n' for file in files.values()) + end
+    argv = ["sh", "-c", f"exec >/dev/null 2>&1\n{text}"]
+    async with child(argv, dict(os.environ), [], [], Register(), family) as started:
+        with anyio.fail_after(20):
+            while not all(file.exists() for file in files.values()):  # noqa: ASYNC110
+                await anyio.sleep(0.005)
+        yield Job(started, {kind: int(file.read_text()) for kind, file in files.items()})
+
+
+@pytest.mark.usefixtures("reaper")
+def test_the_end_of_one_child_ends_all_that_is_surely_its_own_and_nothing_of_another(tmp_path: Path) -> None:
+    async def run() -> None:
+        family = Siblings()
+        async with job(family, tmp_path, "other") as other:
+            async with job(family, tmp_path, "one") as one:
+                assert one.living() == {*DAEMONS}
+            assert one.living() == {"stranger"}, "which may be the other's"
+            assert other.living() == {*DAEMONS}
+            assert running(other.child.started.group)
+        assert one.living() == other.living() == set()
+
+    anyio.run(run)
+
+
+@pytest.mark.usefixtures("reaper")
+def test_a_stranger_from_before_the_other_child_is_ended_with_its_own(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(first)
+            await up.wait()
+            async with job(family, tmp_path, "other") as other:
+                go_on.set()
+                await over.wait()
+                assert other.living() == {*DAEMONS}
+            assert other.living() == set()
+
+    async def first() -> None:
+        async with job(family, tmp_path, "one") as one:
+            up.set()
+            await go_on.wait()
+            assert one.living() == {*DAEMONS}
+        assert one.living() == set()
+        over.set()
+
+    family = Siblings()
+    up, go_on, over = anyio.Event(), anyio.Event(), anyio.Event()
+    anyio.run(run)
+
+
+@pytest.mark.usefixtures("reaper")
+def test_a_child_that_runs_alone_ends_everything_and_knows_no_others(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with job(None, tmp_path, "one") as one:
+            pass
+        assert one.living() == set()
+
+    anyio.run(run)
+
+
+@contextmanager
+def stranger() -> Iterator[subprocess.Popen[bytes]]:
+    """A process without a mark of anybody; as are our own children between fork and exec."""
+    process = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.usefixtures("reaper")
+def test_what_is_just_being_started_is_spared_before_it_has_a_pid() -> None:
+    family = Siblings()
+    with family.join("one", descendants()) as one, family.join("next", descendants()) as other, stranger() as process:
+        assert family.kill(one, 5) == 0
+        assert process.poll() is None
+        other.started(process.pid, start_time(process.pid) or 0)
+        assert family.kill(one, 5) == 0
+        assert process.poll() is None
+        family.kill(other, 5)
+        assert process.wait(5) == -signal.SIGKILL
+
+
+@pytest.mark.usefixtures("reaper")
+def test_what_is_started_during_a_look_is_spared(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = Siblings()
+    before = descendants()
+    late = family.join("late", before)
+
+    def look() -> dict[int, Relative]:
+        if not started:
+            late.__enter__()
+            started.append(subprocess.Popen(["sleep", "1000"], start_new_session=True))
+        return relatives()
+
+    started: list[subprocess.Popen[bytes]] = []
+    monkeypatch.setattr(siblings_module, "relatives", look)
+    with family.join("one", before) as one:
+        assert family.kill(one, 5) == 0
+    assert started[0].poll() is None
+    late.__exit__(None, None, None)
+    started[0].kill()
+    started[0].wait()
+
+
+@pytest.mark.usefixtures("reaper")
+def test_of_two_that_end_at_once_one_takes_the_strangers() -> None:
+    family = Siblings()
+    with family.join("one", descendants()) as one, family.join("other", descendants()) as other, stranger() as process:
+        assert family.kill(one, 5) == 0
+        assert family.kill(other, 5) == 1
+        assert process.wait(5) == -signal.SIGKILL
+
+
+@pytest.mark.usefixtures("reaper")
+def test_a_child_started_later_does_not_keep_a_stranger_that_its_first_look_missed() -> None:
+    family = Siblings()
+    with family.join("one", descendants()) as one, family.join("later", BEFORE_ALL) as later, stranger() as process:
+        later.started(os.getpid(), (start_time(process.pid) or 0) + 1)
+        assert family.kill(one, 5) == 1
+        assert process.wait(5) == -signal.SIGKILL
+
+
+@pytest.mark.usefixtures("reaper")
+def test_a_tag_in_the_environment_of_anothers_process_does_not_end_it() -> None:
+    family = Siblings()
+    with family.join("a" * 16, descendants()) as one, family.join("b" * 16, descendants()) as other:
+        process = subprocess.Popen(["sleep", "1000"], env={TAG_VARIABLE: one.tag}, start_new_session=True)
+        other.started(process.pid, start_time(process.pid) or 0)
+        assert family.kill(one, 5) == 0
+        assert process.poll() is None
+        family.kill(other, 5)
+        assert process.wait(5) == -signal.SIGKILL
+
+
+@pytest.mark.usefixtures("reaper")
+def test_a_process_that_one_has_given_up_does_not_hold_up_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = Siblings()
+    with family.join("b" * 16, descendants()) as other:
+        with family.join("a" * 16, descendants()) as one:
+            process = subprocess.Popen(["sleep", "1000"], env={TAG_VARIABLE: one.tag}, start_new_session=True)
+            wait_until(lambda: process.pid in tagged(one.tag))
+            with monkeypatch.context() as patched:
+                patched.setattr(processes_module, "signal_process", lambda *_: None)
+                with pytest.raises(UndyingError, match=str(process.pid)):
+                    family.kill(one, 0.05)
+        assert family.kill(other, 5) == 0
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.usefixtures("reaper")
+def test_a_number_that_the_kernel_gave_to_another_process_is_nobodys_group_any_more() -> None:
+    with stranger() as process:
+        family = Siblings()
+        with family.join("one", descendants()) as one:
+            one.started(process.pid, (start_time(process.pid) or 0) - 1)
+            assert family.kill(one, 5) == 0
+            assert process.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("change", "may"),
+    [
+        ({}, True),
+        ({"since": 5}, True),
+        ({"since": 6}, False),
+        ({"before": None}, True),
+        ({"before": frozenset({(7, 5)})}, False),
+        ({"before": frozenset({(7, 4)})}, True),
+        ({"ending": True}, False),
+    ],
+)
+def test_who_may_have_started_a_stranger(change: dict[str, Any], may: bool) -> None:
+    one = Sibling("one", BEFORE_ALL)
+    for name, value in change.items():
+        setattr(one, name, value)
+    assert one.may_have_started((7, 5)) is may
+
+
+@pytest.mark.parametrize("mark", ["group", "session", "branch"])
+def test_each_mark_of_the_kernel_is_enough(mark: str) -> None:
+    one = Sibling("one", BEFORE_ALL)
+    nobody = Relative(started=9, group=7, session=7, branch=7)
+    assert not one.owns(nobody, {7: nobody})
+    one.started(5, 3)
+    assert not one.owns(nobody, {7: nobody})
+    assert one.owns(nobody._replace(**{mark: 5}), {7: nobody})
+    assert one.owns(nobody._replace(**{mark: 5}), {5: Relative(3, 5, 5, 5)})
+    assert not one.owns(nobody._replace(**{mark: 5}), {5: Relative(4, 5, 5, 5)})
+
+
+@pytest.mark.usefixtures("reaper")
+def test_children_that_start_while_others_end_are_never_ended_before_their_time() -> None:
+    async def lane(family: Siblings) -> None:
+        for _ in range(12):
+            async with child(["true"], dict(os.environ), [], [], Register(), family) as running:
+                ends.append(await running.wait())
+
+    async def run() -> None:
+        family = Siblings()
+        async with anyio.create_task_group() as lanes:
+            for _ in range(6):
+                lanes.start_soon(lane, family)
+
+    ends: list[Exit] = []
+    anyio.run(run)
+    assert ends == [Exit(0, None)] * 72
+
+
+@pytest.mark.usefixtures("reaper")
+@pytest.mark.parametrize("seed", range(20))
+def test_random_children_at_once_lose_nothing_while_they_run_and_leave_nothing(seed: int, tmp_path: Path) -> None:
+    """Each lane's children have daemons of random kinds; some end by themselves, some are ended."""
+    print(f"seed {seed}")
+
+    async def lane(number: int) -> None:
+        rng = random.Random(seed * 10 + number)
+        for turn in range(2):
+            await anyio.sleep(rng.uniform(0, 0.1))
+            kinds = rng.sample([*DAEMONS], rng.randint(1, len(DAEMONS)))
+            by_itself = "below it" not in kinds and rng.random() < 0.4
+            end = "exit 0" if by_itself else "sleep 1000"
+            async with job(family, tmp_path, f"{number}.{turn}", kinds, end) as one:
+                for _ in range(rng.randint(1, 4)):
+                    assert one.living() == {*kinds}
+                    await anyio.sleep(rng.uniform(0, 0.05))
+                if by_itself:
+                    await one.child.wait()
+                assert one.living() == {*kinds}
+            assert one.living() <= {"stranger"}
+            jobs.append(one)
+
+    async def run() -> None:
+        async with anyio.create_task_group() as lanes:
+            for number in range(4):
+                lanes.start_soon(lane, number)
+
+    family = Siblings()
+    before = descendants() or frozenset()
+    jobs: list[Job] = []
+    anyio.run(run)
+    assert len(jobs) == 8
+    assert not (descendants() or frozenset()) - before

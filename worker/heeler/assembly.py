@@ -18,7 +18,7 @@ from heeler.folders import Files
 from heeler.forwarder import Forwarder
 from heeler.journal import Journal
 from heeler.lease import LeaseKeeper
-from heeler.message import of_app_message, of_document
+from heeler.message import of_app_message, of_document, of_recorded_document
 from heeler.platform.failures import FailuresInARow
 from heeler.sources.base import Lease, Source
 from heeler.status import Status
@@ -62,15 +62,13 @@ def is_app_mode(settings: Settings, source: str, program: Sequence[str]) -> bool
         app = True
     if app and not program and settings.app_url is None and source != "salad":
         raise UsageError("who is the app? Name its program (heeler run -- PROGRAM), or where it answers (--app-url)")
-    _check_concurrency(settings, source, app=app)
+    _check_concurrency(settings, source)
     return app
 
 
-def _check_concurrency(settings: Settings, source: str, *, app: bool) -> None:
+def _check_concurrency(settings: Settings, source: str) -> None:
     if settings.concurrency == 1:
         return
-    if not app:
-        raise UsageError("--concurrency is for an app; of commands one runs at a time: start more workers")
     if source in ("salad", "once"):
         raise UsageError(f"the source {source} gives one job at a time: leave --concurrency at 1")
     for url, folder in (("inputs", "input_dir"), ("checkpoints", "checkpoint_dir"), ("outputs", "output_dir")):
@@ -150,6 +148,7 @@ def make_forwarder(
     failures: FailuresInARow,
     *,
     app_mode: bool,
+    recorded: bool,
 ) -> Forwarder:
     """The loop, with all that it needs."""
     on_event = partial(_file_event, status)
@@ -161,7 +160,7 @@ def make_forwarder(
         fences=Fences(on_event, allow_unfenced=settings.allow_unfenced),
         index=journal.file_index(),
         uploads=journal.uploads(),
-        read=of_app_message if app_mode else of_document,
+        read=of_app_message if app_mode else of_recorded_document if recorded else of_document,
     )
 
     def open_files(lease: Lease, keeper: LeaseKeeper) -> Files:

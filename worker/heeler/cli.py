@@ -46,8 +46,20 @@ def run(
     run_worker(configuration, job, program or ())
 
 
+_DESK_SETTINGS = (
+    "source",
+    "records",
+    "sqs_queue_url",
+    "sqs_region",
+    "sqs_endpoint",
+    "s3_endpoint",
+    "s3_region",
+    "s3_provider",
+)
+
+
 @app.command()
-@with_settings("source")
+@with_settings(*_DESK_SETTINGS)
 def submit(
     configuration: Configuration,
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="A job document, a list of them, or one a line.")],
@@ -60,15 +72,25 @@ def submit(
     raw: Annotated[
         bool, typer.Option("--raw", help="FILE is one message for an app (app mode), to be sent as it is.")
     ] = False,
+    array: Annotated[
+        int | None,
+        typer.Option(
+            "--array", metavar="N", min=1, max=10_000, help="Each document N times: index 0 to N-1, id ID-0 ..."
+        ),
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option("--group", metavar="NAME", help="Message group of a FIFO queue [default: the job's id]."),
+    ] = None,
 ) -> None:
     """Put jobs into the queue and print their ids, one a line."""
     from heeler import desk  # noqa: PLC0415
 
-    if raw and fresh:
-        raise UsageError("--fresh changes a job document, and --raw sends a message as it is: leave one out")
-    if raw:
-        raise typer.Exit(desk.submit_message(configuration.settings.source, file, wait=wait))
-    raise typer.Exit(desk.submit(configuration.settings.source, file, wait=wait, fresh=fresh))
+    how = desk.Submission(file, wait, fresh, array, group)
+    for flag, given in (("--fresh", fresh), ("--array", array is not None)):
+        if raw and given:
+            raise UsageError(f"{flag} changes a job document, and --raw sends a message as it is: leave one out")
+    raise typer.Exit((desk.submit_message if raw else desk.submit)(configuration.settings, how))
 
 
 jobs_app = typer.Typer(
@@ -80,18 +102,18 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @jobs_app.callback()
-@with_settings("source")
+@with_settings(*_DESK_SETTINGS)
 def jobs(configuration: Configuration, context: typer.Context, json: _Json = False) -> None:
     """List the jobs of the queue, oldest first."""
     from heeler import desk  # noqa: PLC0415
 
     context.obj = configuration
     if context.invoked_subcommand is None:
-        desk.print_jobs(configuration.settings.source, as_json=json)
+        desk.print_jobs(configuration.settings, as_json=json)
 
 
 @jobs_app.command("show")
-@with_settings("source")
+@with_settings(*_DESK_SETTINGS)
 def jobs_show(
     configuration: Configuration,
     context: typer.Context,
@@ -101,18 +123,41 @@ def jobs_show(
     """Show one job."""
     from heeler import desk  # noqa: PLC0415
 
-    own = configuration.origins["source"].startswith("flag")
-    source = configuration.settings.source if own else context.obj.settings.source
-    desk.print_job(source, job_id, as_json=json)
+    desk.print_job(_nearest(context.obj, configuration), job_id, as_json=json)
+
+
+def _nearest(outer: Configuration, inner: Configuration) -> Settings:
+    """The settings of a command below another: a flag counts wherever it stands, and before what is no flag."""
+    ranks = ("default", "file", "environment", "flag")
+    found = {}
+    for name, origin in outer.origins.items():
+        own = ranks.index(inner.origins[name].split()[0]) >= ranks.index(origin.split()[0])
+        found[name] = getattr((inner if own else outer).settings, name)
+    return Settings(**found)
 
 
 @app.command()
-@with_settings("source")
+@with_settings(*_DESK_SETTINGS)
 def cancel(configuration: Configuration, job_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     """Cancel a job; a running one stops at its next heartbeat."""
     from heeler import desk  # noqa: PLC0415
 
-    desk.cancel(configuration.settings.source, job_id)
+    desk.cancel(configuration.settings, job_id)
+
+
+@app.command()
+@with_settings(*_DESK_SETTINGS)
+def result(
+    configuration: Configuration,
+    job_id: Annotated[str, typer.Argument(metavar="ID")],
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Write it there, not to standard output.")
+    ] = None,
+) -> None:
+    """Print what a job left: an app's answer byte for byte, or how a command ended."""
+    from heeler import desk  # noqa: PLC0415
+
+    desk.print_result(configuration.settings, job_id, output)
 
 
 @app.command()

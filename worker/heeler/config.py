@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from heeler.errors import UsageError
+from heeler.urls import check_webhook
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -123,6 +124,16 @@ def _visibility(value: str) -> int:
     return number
 
 
+def _records_of_bucket(value: str) -> str:
+    return f"s3://{value}/heeler/"
+
+
+def _webhook(value: str) -> str:
+    return check_webhook(value)
+
+
+_records_of_bucket.__doc__ = "a bucket's name"
+_webhook.__doc__ = "an http or https URL without a user"
 _visibility.__doc__ = "a whole number of seconds from 1 to 3600"
 _text.__doc__ = "a text"
 _seconds.__doc__ = "a number of seconds, 0 or more"
@@ -231,6 +242,15 @@ class Settings:
         None, "token of temporary credentials of the queue", aliases=("AWS_SESSION_TOKEN",), secret=True
     )
     sqs_visibility: int = _setting(60, "seconds that a message is ours without an extension", _visibility)
+    records: str | None = _setting(
+        None,
+        "s3://bucket/prefix/ where the status and result of each job of sqs are kept",
+        aliases=(("R2_BUCKET_NAME", _records_of_bucket),),
+    )
+    webhook: str | None = _setting(None, "URL that is told the end of jobs that name none (sqs with records)", _webhook)
+    webhook_secret: str | None = _setting(
+        None, "whsec_... of 24 to 64 bytes in base64: webhooks are signed with it", secret=True
+    )
     metadata_uri: str = _setting(
         "http://169.254.169.254:80", "the metadata service of SaladCloud's machines", aliases=("SALAD_METADATA_URI",)
     )

@@ -6,175 +6,233 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from heeler import documents
 from heeler.config import Configuration, Settings
 from heeler.control import client
-from heeler.errors import UsageError
-from heeler.job import InvalidJobError, Result
-from heeler.sources import open_desk
-from heeler.sources.base import Desk, JobRecord
+from heeler.desks import opened_desk
+from heeler.errors import HeelerError, UnavailableError, UsageError
+from heeler.job import InvalidJobError
+from heeler.job_lines import readable
+from heeler.sources.base import (
+    FRESH_RUN,
+    Desk,
+    JobRecord,
+    PartlySubmittedError,
+    SourceUnavailableError,
+    SubmitOptions,
+)
 
-_POLL_SECONDS = 0.2
-_BODY_SHOWN = 200
-_ENDED = {"done", "failed", "cancelled"}
+_SLOWER = 1.2
+"""Each pause of somebody who waits is so much longer than the one before."""
+_WAIT_PATIENCE = 600.0
+"""Seconds without an answer after which who waits is told; jobs take longer than most faults."""
+_GOING_ON = {"pending", "running"}
 
 
-def submit(source: str | None, file: str, *, wait: bool, fresh: bool) -> int:
-    """Submit what `file` ("-" is standard input) holds and print the ids.
+@dataclass(frozen=True)
+class Submission:
+    """How `heeler submit` was called.
 
-    Args:
-        source: The queue.
-        file: Where the documents are.
+    Attributes:
+        file: Where the documents are; "-" is standard input.
         wait: Return when all have ended: 1 if a job did not end done.
         fresh: Give each a new run id, so that checkpoints and results of earlier runs don't count.
+        array: Each document so often, with an index; None for once, without.
+        group: The message group of a FIFO queue.
+    """
+
+    file: str
+    wait: bool = False
+    fresh: bool = False
+    array: int | None = None
+    group: str | None = None
+
+
+class NoResultError(HeelerError):
+    """There is a job of that id, and it has left nothing (yet)."""
+
+    exit_code = 1
+
+
+def submit(settings: Settings, how: Submission) -> int:
+    """Submit what a file holds and print the ids.
 
     Raises:
-        HeelerError: Nothing was submitted; the message names what to mend.
+        HeelerError: Nothing was submitted, or the message says how much; it names what to mend.
     """
-    documents = split_documents(_read(file))
-    if fresh:
-        documents = [_with_run_id(document) for document in documents]
-    desk = open_desk(source)
+    found = documents_of(how)
+    options = SubmitOptions(how.group, how.fresh)
+    return _submit(settings, how, lambda desk: desk.submit(found, options))
+
+
+def submit_message(settings: Settings, how: Submission) -> int:
+    """Submit the bytes of a file as one message for an app; as `submit` otherwise."""
+    message = documents.read_bytes(how.file)
+    return _submit(settings, how, lambda desk: [desk.submit_message(message, SubmitOptions(how.group))])
+
+
+def documents_of(how: Submission) -> list[bytes]:
+    """The documents of a file, as they are to be submitted.
+
+    Raises:
+        UsageError: It holds none.
+    """
+    found = documents.split_documents(documents.read_text(how.file))
+    if how.array is not None:
+        try:
+            found = documents.numbered(found, how.array, lambda: secrets.token_hex(8))
+        except InvalidJobError as error:
+            raise _refused(how, error) from None
+    if how.fresh:
+        run_id = FRESH_RUN + secrets.token_hex(8)
+        found = [documents.with_run_id(document, run_id) for document in found]
+    return found
+
+
+def _submit(settings: Settings, how: Submission, send: Callable[[Desk], list[str]]) -> int:
+    with opened_desk(settings) as desk:
+        if how.wait:
+            _check_wait(desk)
+        try:
+            ids = send(desk)
+        except InvalidJobError as error:
+            raise _refused(how, error) from None
+        except PartlySubmittedError as error:
+            _print_ids(error.sent)
+            raise
+        _print_ids(ids)
+        _print_notes(desk)
+        return _wait(desk, ids) if how.wait else 0
+
+
+def _check_wait(desk: Desk) -> None:
+    """Whoever can't be told how jobs end is to know it before they are sent."""
     try:
-        ids = desk.submit(documents)
-    except InvalidJobError as error:
-        raise UsageError(f"{_name(file)}: the job is refused: {error}") from None
+        desk.look([])
+    except UsageError as error:
+        raise UsageError(f"--wait: {error}") from None
+
+
+def _refused(how: Submission, error: InvalidJobError) -> UsageError:
+    return UsageError(f"{documents.name_of(how.file)}: the job is refused: {error}")
+
+
+def _print_ids(ids: Sequence[str]) -> None:
     for job_id in ids:
-        print(job_id, flush=True)
-    return _wait(desk, ids) if wait else 0
+        print(job_id)
+    sys.stdout.flush()
 
 
-def submit_message(source: str | None, file: str, *, wait: bool) -> int:
-    """Submit the bytes of `file` as one message for an app; as `submit` otherwise."""
-    desk = open_desk(source)
-    job_id = desk.submit_message(_read_bytes(file))
-    print(job_id, flush=True)
-    return _wait(desk, [job_id]) if wait else 0
+def _print_notes(desk: Desk) -> None:
+    for note in desk.notes():
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def _wait(desk: Desk, ids: Sequence[str]) -> int:
-    left = set(ids)
+    left = [*ids]
     failed = False
+    pause, longest = desk.pace
+    heard = time.monotonic()
     while left:
-        time.sleep(_POLL_SECONDS)
-        for job_id in [*left]:
-            record = desk.show(job_id)
-            if record is None or record.state in _ENDED:
-                left.discard(job_id)
-                state = "gone" if record is None else record.state
+        time.sleep(pause)
+        pause = min(longest, pause * _SLOWER)
+        try:
+            found = desk.look(left)
+        except (UnavailableError, SourceUnavailableError):
+            if time.monotonic() - heard > _WAIT_PATIENCE:
+                raise
+            continue
+        heard = time.monotonic()
+        states = {job_id: found[job_id].state if job_id in found else "gone" for job_id in left}
+        left = [job_id for job_id in left if states[job_id] in _GOING_ON]
+        for job_id, state in states.items():
+            if state not in _GOING_ON:
                 failed = failed or state != "done"
                 print(f"{job_id} {state}", file=sys.stderr, flush=True)
     return int(failed)
 
 
-def _name(file: str) -> str:
-    return "standard input" if file == "-" else file
-
-
-def _read(file: str) -> str:
-    try:
-        return _read_bytes(file).decode()
-    except ValueError as error:
-        raise UsageError(f"{_name(file)} can't be read: {error}") from None
-
-
-def _read_bytes(file: str) -> bytes:
-    try:
-        return sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    except OSError as error:
-        raise UsageError(f"{_name(file)} can't be read: {error.strerror}") from None
-
-
-def split_documents(text: str) -> list[bytes]:
-    """The job documents in a text: one object, a list of objects, or one object a line.
-
-    Raises:
-        UsageError: It is none of these.
-    """
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        lines = [line for line in text.splitlines() if line.strip()]
-        if len(lines) < 2 or not lines[0].rstrip().endswith("}"):
-            raise UsageError(f"the job document is not JSON: {error}") from None
-        return [line.encode() for line in lines]
-    documents = data if isinstance(data, list) else [data]
-    if not documents:
-        raise UsageError("the list of job documents is empty")
-    return [json.dumps(document).encode() for document in documents]
-
-
-def _with_run_id(document: bytes) -> bytes:
-    data = json.loads(document)
-    if not isinstance(data, dict):
-        return document  # refused by name in a moment
-    return json.dumps({**data, "run_id": secrets.token_hex(8)}).encode()
-
-
-def print_jobs(source: str | None, *, as_json: bool) -> None:
+def print_jobs(settings: Settings, *, as_json: bool) -> None:
     """All jobs of the queue."""
-    records = open_desk(source).jobs()
-    if as_json:
-        _print_json([asdict(record) for record in records])
-        return
-    head = ("ID", "STATE", "ATTEMPTS", "FAILURES", "REASON")
-    rows = [(job.id, job.state, str(job.attempts), str(job.failures), job.reason) for job in records]
-    _print_table(head, rows)
+    with opened_desk(settings) as desk:
+        records = desk.jobs()
+        if as_json:
+            _print_json([asdict(record) for record in records])
+        else:
+            head = ("ID", "STATE", "ATTEMPTS", "FAILURES", "REASON")
+            rows = [(job.id, job.state, str(job.attempts), str(job.failures), job.reason) for job in records]
+            _print_table(head, rows)
+        _print_notes(desk)
 
 
-def print_job(source: str | None, job_id: str, *, as_json: bool) -> None:
+def print_job(settings: Settings, job_id: str, *, as_json: bool) -> None:
     """One job.
 
     Raises:
         UsageError: There is none of that id.
     """
-    record = open_desk(source).show(job_id)
-    if record is None:
-        raise UsageError(f"no job {job_id!r} in {source}")
+    with opened_desk(settings) as desk:
+        record = _job(desk, job_id)
     if as_json:
         _print_json(asdict(record))
         return
-    for name, value in _readable(record):
+    for name, value in readable(record, time.time()):
         print(f"{name:14} {value}")
 
 
-def _readable(record: JobRecord) -> Iterable[tuple[str, str]]:
-    for name, value in asdict(record).items():
-        if name in ("created", "finished"):
-            yield name, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value)) if value else ""
-        elif name == "result":
-            yield name, _result_words(value or {})
-        else:
-            yield name, str(value)
+def _job(desk: Desk, job_id: str) -> JobRecord:
+    record = desk.show(job_id)
+    if record is None:
+        raise UsageError(f"no job {job_id!r} in {desk.name}")
+    return record
 
 
-def _result_words(result: Mapping[str, Any]) -> str:
-    """A result in one line; of an app's answer its beginning, if it is text."""
-    shown = {name: part for name, part in result.items() if part is not None}
-    if "body" in shown:
-        body = Result.from_json(result).body
-        text = body[:_BODY_SHOWN].decode("utf-8", "replace")
-        whole = text.isprintable() and len(body) <= _BODY_SHOWN
-        shown["body"] = text if whole else f"{len(body)} bytes (--json has them, in base64)"
-    return " ".join(f"{name}={part}" for name, part in shown.items())
+def print_result(settings: Settings, job_id: str, output: Path | None) -> None:
+    """What a job left, byte for byte, to a file or to standard output.
+
+    Raises:
+        UsageError: There is no job of that id, or the file can't be written.
+        NoResultError: It has left nothing.
+    """
+    with opened_desk(settings) as desk:
+        record = _job(desk, job_id)
+        ended = record.state not in _GOING_ON
+        body = desk.result(job_id) if ended else None
+    if not ended:
+        raise NoResultError(f"job {job_id} is {record.state}: it has no result yet")
+    if body is None:
+        raise NoResultError(f"job {job_id} is {record.state}, without a result{_because(record)}")
+    if output is None:
+        sys.stdout.buffer.write(body)
+        sys.stdout.buffer.flush()
+        return
+    try:
+        output.write_bytes(body)
+    except OSError as error:
+        raise UsageError(f"--output {output} can't be written: {error.strerror}") from None
 
 
-def cancel(source: str | None, job_id: str) -> None:
+def _because(record: JobRecord) -> str:
+    return "" if record.reason in ("", record.state) else f": {' '.join(record.reason.split())}"
+
+
+def cancel(settings: Settings, job_id: str) -> None:
     """Cancel a job.
 
     Raises:
         UsageError: There is none of that id, or it has ended.
     """
-    desk = open_desk(source)
-    before = desk.show(job_id)
-    if before is None:
-        raise UsageError(f"no job {job_id!r} in {source}")
-    if not desk.cancel(job_id):
-        raise UsageError(f"job {job_id} is {before.state} already")
+    with opened_desk(settings) as desk:
+        before = _job(desk, job_id)
+        if not desk.cancel(job_id):
+            now = desk.show(job_id) or before
+            raise UsageError(f"job {job_id} is {now.state} already")
     running = before.state == "running"
     print(f"{job_id} cancelled" + ("; its worker stops it at its next heartbeat" if running else ""))
 
@@ -184,9 +242,8 @@ def print_status(settings: Settings, *, as_json: bool) -> None:
     runtime = client.ask(settings)
     queue: dict[str, int] | None = None
     if settings.source is not None and settings.source.startswith("local:"):
-        queue = {}
-        for record in open_desk(settings.source).jobs():
-            queue[record.state] = queue.get(record.state, 0) + 1
+        with opened_desk(settings) as desk:
+            queue = dict(Counter(record.state for record in desk.jobs()))
     if runtime is None and queue is None:
         raise UsageError(f"no runtime answers for the state folder {settings.state_dir}; is HEELER_STATE_DIR right?")
     if as_json:

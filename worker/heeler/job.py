@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +26,7 @@ from pydantic import (
 )
 
 from heeler.patterns import check_pattern
+from heeler.urls import check_webhook
 
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@=+-]{0,199}")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
@@ -182,24 +182,6 @@ def check_job_id(value: str) -> str:
     """
     if not _JOB_ID.fullmatch(value) or ".." in value:
         raise ValueError(f"{value!r} can't be used: an id is 1 to 200 letters, digits and . _ : @ = + -")
-    return value
-
-
-def check_webhook(value: str) -> str:
-    """The URL, if a webhook can be sent to it.
-
-    Raises:
-        ValueError: It can't.
-    """
-    try:
-        parts = urlsplit(value)
-        fit = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        fit = False
-    if not fit or not value.isascii() or not value.isprintable() or " " in value:
-        raise ValueError("is no http or https URL")
-    if parts.username is not None:
-        raise ValueError("holds a user before an '@': sign webhooks with HEELER_WEBHOOK_SECRET instead")
     return value
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from heeler.app.process import RegisterError, Started
-from heeler.app.processes import UndyingError, kill_all, start_time
+from heeler.app.processes import UndyingError, in_session, kill_all, signal_process, start_time
 from heeler.errors import UsageError
 from heeler_sync.snapshot.index import FileIndex, MemoryIndex, SqliteIndex
 from heeler_sync.snapshot.uploads import NoUploads, SqliteUploads, Uploads
@@ -147,11 +148,13 @@ class Journal:
             return 0
         for tag, group, started_at, boot in rows:
             if boot == self._boot:
-                # The pid may belong to somebody else by now; the tag does not.
-                same = start_time(group) == started_at
+                # The pid may belong to somebody else by now; the tag does not. As long as its group or session has
+                # members, no other process gets it.
+                now = start_time(group)
+                same = now == started_at
                 try:
                     # At least its first process, which may be gone with its group before it is looked for.
-                    killed += max(int(same), kill_all(tag, group if same else None))
+                    killed += max(int(same), _end(tag, group if same or now is None else None))
                 except UndyingError as error:
                     self.on_fault("process_does_not_die", group=group, pids=error.pids)
                     continue
@@ -178,3 +181,11 @@ class Journal:
     def _execute(self, statement: str, values: tuple[object, ...] = ()) -> list[Any]:
         with self._guard:
             return self._open.execute(statement, values).fetchall()
+
+
+def _end(tag: str, group: int | None) -> int:
+    """Kill what carries the tag, and what is in the session, which some leave neither with group nor environment."""
+    members = in_session(group) if group is not None else []
+    for pid in members:
+        signal_process(pid, signal.SIGKILL)
+    return max(len(members), kill_all(tag, group))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from heeler.job import InvalidJobError, Job, SyncSpec, check_job_id, first_fault, refuse_half_characters
+from heeler.job import InvalidJobError, Job, JobDocument, SyncSpec, check_job_id, first_fault, refuse_half_characters
 
 _NOTHING = SyncSpec()
 _PARTS = {"before", "during", "after"}
@@ -21,7 +21,7 @@ class Wanted:
     run_id: str = ""
 
 
-def of_document(job: Job) -> Wanted:
+def of_recorded_document(job: Job) -> Wanted:
     """What a job document says.
 
     Raises:
@@ -29,6 +29,23 @@ def of_document(job: Job) -> Wanted:
     """
     document = job.document()
     return Wanted(document.sync, document.run_id)
+
+
+def of_document(job: Job) -> Wanted:
+    """As `of_recorded_document`, where nobody keeps records of jobs.
+
+    Raises:
+        InvalidJobError: The message is no job document, or it asks for what needs a record.
+    """
+    refuse_what_needs_a_record(job.document())
+    return of_recorded_document(job)
+
+
+def refuse_what_needs_a_record(document: JobDocument) -> None:
+    """Raises `InvalidJobError` for what would be forgotten without one."""
+    for name in ("webhook", "result_key"):
+        if getattr(document, name) is not None:
+            raise InvalidJobError(name, "needs records of jobs: use sqs with HEELER_RECORDS, or leave it out")
 
 
 def of_app_message(job: Job) -> Wanted:

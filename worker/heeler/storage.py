@@ -13,6 +13,7 @@ from heeler.errors import UnavailableError, UsageError
 from heeler.files import default_sync
 from heeler.job import InvalidJobError
 from heeler_sync.errors import StoreError, SyncError, TransientStoreError
+from heeler_sync.paths import parse_location
 from heeler_sync.store.base import ObjectStore
 from heeler_sync.store.retry import RetryPolicy, retrying
 
@@ -64,6 +65,12 @@ def _is_endpoint(url: str) -> bool:
         return False
 
 
+def _is_sqs(settings: Settings) -> bool:
+    if settings.source is None:
+        return settings.sqs_queue_url is not None
+    return settings.source.partition(":")[0] == "sqs"
+
+
 async def check(
     settings: Settings, open_store: Callable[[str], ObjectStore], on_retry: Callable[[StoreError, float], None]
 ) -> None:
@@ -78,7 +85,10 @@ async def check(
     except InvalidJobError as error:
         raise UsageError(str(error)) from None
     policy = RetryPolicy(patience=settings.startup_timeout, on_retry=on_retry)
-    for bucket in dict.fromkeys(entry.bucket for entry in (*spec.before, *spec.during, *spec.after)):
+    named = [entry.bucket for entry in (*spec.before, *spec.during, *spec.after)]
+    if settings.records is not None and _is_sqs(settings):
+        named.append(parse_location(settings.records).bucket)
+    for bucket in dict.fromkeys(named):
 
         async def look(bucket: str = bucket) -> None:
             async for _ in open_store(bucket).list(".heeler-probe/"):

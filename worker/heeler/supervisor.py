@@ -35,11 +35,14 @@ from heeler.platform.deletion import DeletionCost
 from heeler.platform.failures import FailuresInARow
 from heeler.platform.imds import Imds, find_imds
 from heeler.platform.moving import leave_unfit
+from heeler.records.opening import with_records
+from heeler.records.source import RecordedSource
 from heeler.sources import SourceRequest, guess_source, open_source
 from heeler.sources.base import Source, SourceUnavailableError, Verdict
 from heeler.status import Phase, Status
 from heeler.storage import check, stores
 from heeler.tasks import background
+from heeler_sync.store.base import ObjectStore
 
 T = TypeVar("T")
 
@@ -80,11 +83,13 @@ async def supervise(
         )
         job = settings.job.encode("utf-8", "surrogateescape") if settings.job is not None else None
         request = SourceRequest(spec, worker, settings.state_path, job, settings, imds, app is not None, status.fault)
-        source = open_source(request)
+        open_store = stores(settings)
+        bare = open_source(request)
+        source = with_records(bare, settings, open_store, worker, status.fault, documents=app is None)
         status.source = status.clean(source.name)
         if settings.source is None:
             status.event("source_guessed", source=source.name)
-        runtime = _Runtime(configuration, app, source, imds, status, drain, journal)
+        runtime = _Runtime(configuration, app, source, open_store, imds, status, drain, journal)
         try:
             async with background(partial(_leave_at_deadline, drain, status, leave)):
                 return await runtime.run()
@@ -106,6 +111,7 @@ class _Runtime:
         configuration: Configuration,
         app: Sequence[str] | None,
         source: Source,
+        open_store: Callable[[str], ObjectStore],
         imds: Imds | None,
         status: Status,
         drain: Drain,
@@ -114,6 +120,7 @@ class _Runtime:
         settings = configuration.settings
         self._settings = settings
         self._source = source
+        self._open_store = open_store
         self._imds = imds
         self._status = status
         self._drain = drain
@@ -173,8 +180,7 @@ class _Runtime:
 
     async def _prepare(self) -> Forwarder | None:
         """Check storage and the machine; None if the machine was left."""
-        settings, status = self._settings, self._status
-        open_store = stores(settings)
+        settings, status, open_store = self._settings, self._status, self._open_store
         await check(
             settings,
             open_store,
@@ -195,6 +201,7 @@ class _Runtime:
             self._checkpoints,
             self._failures,
             app_mode=self._app_mode,
+            recorded=isinstance(self._source, RecordedSource),
         )
 
     def _end(self) -> GivenUp | Verdict | None:

@@ -19,6 +19,7 @@ class Provider:
             an ETag that differs from ours means that other bytes were stored.
         conditional_writes: Whether If-Match and If-None-Match on PUT are enforced.
         ranges: Whether a range is answered with 206 and just that range.
+        key_seconds: Between two writes of one key, or the second is refused with 429.
         part_bytes: The size of all parts of a multipart upload but the last, in bytes (5 MiB to 5 GiB).
     """
 
@@ -27,13 +28,14 @@ class Provider:
     etag_is_md5: bool = True
     conditional_writes: bool = True
     ranges: bool = True
+    key_seconds: float = 0.0
     part_bytes: int = 8 * MIB
 
 
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
-        Provider("r2", default_region="auto"),
+        Provider("r2", default_region="auto", key_seconds=1.05),
         # With SSE-KMS the ETag of S3 is no MD5; everywhere else it is, but nothing tells us which.
         Provider("aws", etag_is_md5=False),
         Provider("s3"),

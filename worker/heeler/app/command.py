@@ -13,8 +13,9 @@ import anyio
 import anyio.to_thread
 
 from heeler.app.base import Assignment, GivenUp
-from heeler.app.output import JobLog, passed_to, prune_logs
+from heeler.app.output import JobLog, JobLogs, passed_to
 from heeler.app.process import CannotStartError, Child, Exit, MachineError, ProcessRegister, RegisterError, child
+from heeler.app.siblings import Siblings
 from heeler.drain import Drain
 from heeler.job import Ending, InvalidJobError, JobDocument, Outcome, Result
 from heeler.scopes import Signal
@@ -54,7 +55,8 @@ class CommandDelivery:
         """Args: `on_log_error` is told which job's log can't be kept, from a worker thread."""
         self._settings = settings
         self._register = register
-        self._on_log_error = on_log_error
+        self._logs = JobLogs(settings.logs, on_log_error)
+        self._siblings = Siblings()
         self._never = Signal()
 
     async def run(self) -> None:
@@ -85,8 +87,7 @@ class CommandDelivery:
         except InvalidJobError as error:
             return Ending(Outcome.FAIL, str(error))
         threads = anyio.CapacityLimiter(1)  # of our own: heartbeats must not wait until other threads are done
-        await anyio.to_thread.run_sync(prune_logs, self._settings.logs, limiter=threads)
-        log = await anyio.to_thread.run_sync(self._open_log, assignment.job.id, limiter=threads)
+        log = await anyio.to_thread.run_sync(self._logs.open, assignment.job.id, limiter=threads)
         try:
             return await self._run(document, assignment, drain, log)
         except CannotStartError as error:
@@ -95,18 +96,14 @@ class CommandDelivery:
             fruitless = not isinstance(error, RegisterError)
             return Ending(Outcome.RELEASE, str(error), delay=_MACHINE_REST_SECONDS, fruitless=fruitless)
         finally:
-            log.close()
-
-    def _open_log(self, job_id: str) -> JobLog:
-        path = self._settings.logs / job_id / "job.log"
-        return JobLog(path, partial(self._on_log_error, job_id))
+            self._logs.close(assignment.job.id, log)
 
     async def _run(self, document: JobDocument, assignment: Assignment, drain: Drain, log: JobLog) -> Ending:
         environment = self._environment(document, assignment)
         stdout = (log.write, passed_to(sys.stdout.buffer))
         stderr = (log.write, passed_to(sys.stderr.buffer))
         argv = [document.command, *document.arguments]
-        async with child(argv, environment, stdout, stderr, self._register) as running:
+        async with child(argv, environment, stdout, stderr, self._register, self._siblings) as running:
             watch = _Watch(running, drain, document.timeout or math.inf, self._settings.timeout_grace)
             how = await watch.until_exit(assignment)
         return self._judge(how, watch, stuck=running.stuck)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -68,10 +71,35 @@ class JobLog:
                 self._file = None
 
 
-def prune_logs(folder: Path, keep: int = _LOGS_KEPT) -> None:
-    """Remove the oldest jobs' log folders beyond `keep`."""
+class JobLogs:
+    """The logs of all jobs, in a folder for each; the oldest are removed, but none of a job that runs."""
+
+    def __init__(self, folder: Path, on_error: Callable[[str, OSError], None]) -> None:
+        """Args: the folder of all, and what is told which job's log can't be kept."""
+        self._folder = folder
+        self._on_error = on_error
+        self._running: list[str] = []
+        self._pruning = threading.Lock()
+
+    def open(self, job_id: str) -> JobLog:
+        """The log of a job that is about to run."""
+        self._running.append(job_id)
+        with self._pruning:
+            prune_logs(self._folder, {*self._running})
+            return JobLog(self._folder / job_id / "job.log", partial(self._on_error, job_id))
+
+    def close(self, job_id: str, log: JobLog) -> None:
+        """The job has ended. It does not wait for others."""
+        log.close()
+        with suppress(OSError):
+            os.utime(self._folder / job_id)  # its age counts from its end
+        self._running.remove(job_id)
+
+
+def prune_logs(folder: Path, running: Collection[str] = (), keep: int = _LOGS_KEPT) -> None:
+    """Remove the oldest jobs' log folders beyond `keep`, not counting those of running jobs, which stay."""
     try:
-        jobs = sorted(folder.iterdir(), key=_last_change, reverse=True)
+        jobs = sorted((job for job in folder.iterdir() if job.name not in running), key=_last_change, reverse=True)
     except OSError:  # it is not there, or can't be listed: whoever opens the log will tell
         return
     for job in jobs[keep:]:

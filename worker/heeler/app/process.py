@@ -19,15 +19,8 @@ import anyio
 import anyio.to_thread
 from anyio.abc import ByteReceiveStream, Process
 
-from heeler.app.processes import (
-    TAG_VARIABLE,
-    Identity,
-    UndyingError,
-    descendants,
-    kill_all,
-    signal_group,
-    start_time,
-)
+from heeler.app.processes import TAG_VARIABLE, UndyingError, descendants, kill_all, signal_group, start_time
+from heeler.app.siblings import Siblings
 from heeler.tasks import background
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
@@ -103,11 +96,12 @@ class Child:
     """A running child."""
 
     def __init__(
-        self, process: Process, started: Started, register: ProcessRegister, before: frozenset[Identity] | None
+        self, process: Process, started: Started, register: ProcessRegister, kill: Callable[[float], object]
     ) -> None:
+        """Args: `kill` ends all that is left of it, with patience in seconds; it blocks, and raises `UndyingError`."""
         self._process = process
         self._register = register
-        self._before = before
+        self._kill = kill
         # Of our own: heartbeats must not wait until other threads are done.
         self._threads = anyio.CapacityLimiter(2)
         self._given_up = anyio.Event()
@@ -140,9 +134,11 @@ class Child:
         await anyio.to_thread.run_sync(self._register.started, self.started, limiter=self._threads)
 
     async def kill(self) -> None:
-        """SIGKILL to the group and to every descendant, wherever it went; `stuck` if some do not die."""
-        patience = 0.0 if self.stuck else _KILL_SECONDS
-        kill = partial(kill_all, self.started.tag, self.started.group, self._before, patience)
+        """SIGKILL to the group and to every descendant, wherever it went; `stuck` if some do not die.
+
+        A stranger that may be another running child's is left to that one's end.
+        """
+        kill = partial(self._kill, 0.0 if self.stuck else _KILL_SECONDS)
         try:
             await anyio.to_thread.run_sync(kill, limiter=self._threads)
         except UndyingError as error:
@@ -171,6 +167,7 @@ async def child(
     stdout: Sequence[Output],
     stderr: Sequence[Output],
     register: ProcessRegister,
+    siblings: Siblings | None = None,
 ) -> AsyncIterator[Child]:
     """Start a child; when the block has ended, however it ended, neither it nor a descendant is left.
 
@@ -180,40 +177,50 @@ async def child(
         stdout: Takers of its standard output.
         stderr: Takers of its standard error.
         register: Told of its start and its end.
+        siblings: Knows which children run at the same time; None if it runs alone.
 
     Raises:
         CannotStartError: The program can't be executed.
         MachineError: It can't be started here and now.
     """
-    tag = secrets.token_hex(8)
+    siblings = siblings or Siblings()
     threads = anyio.CapacityLimiter(1)
     try:
         before = await anyio.to_thread.run_sync(descendants, limiter=threads)
     except (OSError, RuntimeError) as error:  # no descriptor to look with, or no thread
         raise _not_started(argv[0], getattr(error, "errno", errno.EAGAIN)) from None
-    process, reader = await _spawn(argv, {**environment, TAG_VARIABLE: tag}, tag)
-    running = Child(process, Started(process.pid, start_time(process.pid) or 0, tag), register, before)
-    try:
-        await running.record()
-        await _check_started(reader, argv[0])
-        copies = [_Copy(process.stdout, stdout), _Copy(process.stderr, stderr)]
-        async with background(*(copy.run for copy in copies)):
-            try:
+    with siblings.join(secrets.token_hex(8), before) as sibling:
+        process, reader = await _spawn(argv, {**environment, TAG_VARIABLE: sibling.tag}, sibling.tag)
+        started = Started(process.pid, start_time(process.pid) or 0, sibling.tag)
+        sibling.started(started.group, started.start_time)
+        running = Child(process, started, register, partial(siblings.kill, sibling))
+        try:
+            await running.record()
+            await _check_started(reader, argv[0])
+            async with _copied(running, _Copy(process.stdout, stdout), _Copy(process.stderr, stderr)):
                 yield running
-            finally:
-                with anyio.CancelScope(shield=True):
-                    try:
-                        await running.kill()
-                        with anyio.move_on_after(_DRAIN_OUTPUT_SECONDS):
-                            for copy in copies:
-                                await copy.ended.wait()
-                    finally:
+        finally:
+            os.close(reader)
+            with anyio.CancelScope(shield=True):
+                await running.end()
+
+
+@asynccontextmanager
+async def _copied(running: Child, *copies: _Copy) -> AsyncIterator[None]:
+    """Hand on what a child prints; at the block's end it is killed, and what it printed until then still comes."""
+    async with background(*(copy.run for copy in copies)):
+        try:
+            yield
+        finally:
+            with anyio.CancelScope(shield=True):
+                try:
+                    await running.kill()
+                    with anyio.move_on_after(_DRAIN_OUTPUT_SECONDS):
                         for copy in copies:
-                            copy.stop()
-    finally:
-        os.close(reader)
-        with anyio.CancelScope(shield=True):
-            await running.end()
+                            await copy.ended.wait()
+                finally:
+                    for copy in copies:
+                        copy.stop()
 
 
 async def _spawn(argv: Sequence[str], environment: Mapping[str, str], tag: str) -> tuple[Process, int]:

@@ -2,7 +2,7 @@
 
 A program's processes are found by a tag in their environment: children that left the group or the session, or
 whose parents died, still carry it. One that has dropped its environment too is found as a descendant of ours, since
-the kernel gives orphans to their nearest reaper, which we are.
+the kernel gives orphans to their nearest reaper, which we are; `siblings` knows whose.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from typing import NamedTuple
 
 TAG_VARIABLE = "HEELER_PROCESS_TAG"
 _KILL_SECONDS = 5.0
@@ -74,7 +76,7 @@ def in_session(leader: int) -> list[int]:
 
 def descendants() -> frozenset[Identity] | None:
     """All living descendants of ours; None if we are no reaper, so that orphans do not become ours."""
-    return frozenset((pid, started) for pid, started in _descendants().items()) if _is_reaper() else None
+    return frozenset((pid, one.started) for pid, one in relatives().items()) if _is_reaper() else None
 
 
 def _is_reaper() -> bool:
@@ -85,59 +87,81 @@ def _is_reaper() -> bool:
     return bool(answer.value)
 
 
-def _descendants() -> dict[int, int]:
-    """The start time of each, by pid."""
-    children: dict[int, list[tuple[int, int]]] = {}
+class Relative(NamedTuple):
+    """A descendant of ours.
+
+    Attributes:
+        started: Its start in clock ticks since boot.
+        group: Its process group.
+        session: Its session.
+        branch: The child of ours that it is, or descends from.
+    """
+
+    started: int
+    group: int
+    session: int
+    branch: int
+
+
+def relatives() -> dict[int, Relative]:
+    """All living descendants of ours by pid."""
+    children: dict[int, list[tuple[int, list[bytes]]]] = {}
     for pid in _pids():
         fields = _stat(pid)
         # A zombie of several threads is one whose first thread has ended: the others live.
         if fields is not None and (fields[0] not in (b"Z", b"X") or int(fields[17]) > 1):
-            children.setdefault(int(fields[1]), []).append((pid, int(fields[19])))
-    found: dict[int, int] = {}
-    parents = [os.getpid()]
+            children.setdefault(int(fields[1]), []).append((pid, fields))
+    found: dict[int, Relative] = {}
+    parents = [(os.getpid(), 0)]
     while parents:
-        for pid, started in children.get(parents.pop(), ()):
+        parent, branch = parents.pop()
+        for pid, fields in children.get(parent, ()):
             if pid not in found:
-                found[pid] = started
-                parents.append(pid)
+                found[pid] = Relative(int(fields[19]), int(fields[2]), int(fields[3]), branch or pid)
+                parents.append((pid, branch or pid))
     return found
 
 
-def kill_all(
-    tag: str, group: int | None = None, before: frozenset[Identity] | None = None, patience: float = _KILL_SECONDS
-) -> int:
-    """SIGKILL the group, every process with the tag and every later descendant of ours; how many were found.
+def kill_all(tag: str, group: int | None = None) -> int:
+    """SIGKILL the group and every process with the tag; how many were found.
 
     Args:
         tag: What the processes of one start carry.
         group: The start's process group.
-        before: What `descendants` gave before the start. None leaves alone whatever carries no tag.
-        patience: Seconds until those that do not die are given up.
 
     Raises:
         UndyingError: Some did not die.
     """
     if group is not None:
         signal_group(group, signal.SIGKILL)
+    return kill_found(partial(tagged, tag), 1, _KILL_SECONDS)
+
+
+def kill_found(find: Callable[[], Collection[int]], looks: int, patience: float) -> int:
+    """SIGKILL what is found until nothing is; how many were found.
+
+    Args:
+        find: Looks for what is left.
+        looks: So many in a row have to find nothing.
+        patience: Seconds until those that do not die are given up.
+
+    Raises:
+        UndyingError: Some did not die.
+    """
     killed: set[int] = set()
     give_up = time.monotonic() + patience
     quiet = 0
-    # One look can miss a process that changes its parent meanwhile; the next one sees it.
-    while quiet < (1 if before is None else 2):
-        pids = {*tagged(tag), *(() if before is None else _later_than(before))}
+    while quiet < looks:
+        pids = find()
         for pid in pids:
             signal_process(pid, signal.SIGKILL)
-        killed |= pids
+        killed.update(pids)
         quiet = 0 if pids else quiet + 1
         if pids and time.monotonic() > give_up:
             raise UndyingError(pids)
         if pids:
             time.sleep(0.005)
     return len(killed)
-
-
-def _later_than(before: frozenset[Identity]) -> list[int]:
-    return [pid for pid, started in _descendants().items() if (pid, started) not in before]
 
 
 def signal_group(group: int, number: int) -> bool:

@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
-import hmac
 import json
 import secrets
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import anyio
-import anyio.to_thread
 
 from heeler.local.queue_model import Job
 from heeler.local.queue_resources import job_resource
+from heeler.webhook import TRY_SECONDS, WebhookError, post, signed
 
 DELAYS = (1.0, 5.0, 30.0, 120.0, 600.0)
 """Seconds before each further attempt."""
-_TIMEOUT_SECONDS = 15.0
 
 
 class Webhooks:
@@ -59,35 +55,8 @@ class Webhooks:
         body = json.dumps(job_resource(job)).encode()
         for delay in (0.0, *self._delays):
             await anyio.sleep(delay)
-            timestamp = int(self._wall())
-            headers = {
-                "Content-Type": "application/json",
-                "webhook-id": message_id,
-                "webhook-timestamp": str(timestamp),
-                "webhook-signature": sign(self.secret_key, message_id, timestamp, body),
-            }
-            request = urllib.request.Request(str(job.webhook), body, headers, method="POST")  # noqa: S310
-            if await anyio.to_thread.run_sync(_post, request, abandon_on_cancel=True):
+            key = base64.b64decode(self.secret_key)
+            headers = {"Content-Type": "application/json", **signed(key, message_id, int(self._wall()), body)}
+            with suppress(WebhookError):
+                await post(str(job.webhook), headers, body, timeout=TRY_SECONDS, proxied=False)
                 return
-
-
-def sign(secret_key: str, message_id: str, timestamp: int, body: bytes) -> str:
-    """The header `webhook-signature` (https://www.standardwebhooks.com, symmetric signatures)."""
-    signed = f"{message_id}.{timestamp}.".encode() + body
-    digest = hmac.new(base64.b64decode(secret_key), signed, hashlib.sha256).digest()
-    return f"v1,{base64.b64encode(digest).decode()}"
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_args: object, **_fields: object) -> None:
-        return None
-
-
-def _post(request: urllib.request.Request) -> bool:
-    """Whether the answer was 2xx."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
-    try:
-        with opener.open(request, timeout=_TIMEOUT_SECONDS):
-            return True
-    except (urllib.error.URLError, OSError, ValueError):
-        return False

@@ -1,4 +1,4 @@
-"""Where jobs come from. `open_source` and `open_desk` find the implementation that a setting names.
+"""Where jobs come from. `open_source` finds the implementation that a setting names (`heeler.desks`: for submitters).
 
 Queues of others come in as entry points of the group `heeler.sources`: a callable that takes a `SourceRequest`
 and returns a `Source`. They must pass `tests/contract/test_source.py`.
@@ -14,7 +14,7 @@ from pathlib import Path
 from heeler.config import Settings
 from heeler.errors import UnavailableError, UsageError
 from heeler.job import InvalidJobError
-from heeler.sources.base import Desk, Machine, Source, SourceUnavailableError
+from heeler.sources.base import Machine, Source, SourceUnavailableError
 
 _GROUP = "heeler.sources"
 _LATER = {"kelpie"}
@@ -82,7 +82,7 @@ def open_source(request: SourceRequest) -> Source:
         if name == "local":
             from heeler.sources.local import LocalSource  # noqa: PLC0415 - only what is used
 
-            return LocalSource(_folder(address), request.worker)
+            return LocalSource(folder_of(address), request.worker)
         if name == "once":
             from heeler.sources.once import once_of_document, once_of_message  # noqa: PLC0415
 
@@ -104,27 +104,8 @@ def open_source(request: SourceRequest) -> Source:
         raise UsageError(f"the job is refused: {error}") from None
 
 
-def open_desk(spec: str | None) -> Desk:
-    """Where jobs are submitted and looked up.
-
-    Raises:
-        UsageError: The source is none that takes jobs from here.
-        UnavailableError: It can't be opened now.
-    """
-    if spec is None:
-        raise UsageError("no source of jobs: set --source (or HEELER_SOURCE) to local:FOLDER")
-    name, _, address = spec.partition(":")
-    if name != "local":
-        raise UsageError(f"source {name!r} takes no jobs from here; use local:FOLDER")
-    from heeler.sources.local import LocalDesk  # noqa: PLC0415
-
-    try:
-        return LocalDesk(_folder(address))
-    except SourceUnavailableError as error:
-        raise UnavailableError(str(error)) from None
-
-
-def _folder(address: str) -> Path:
+def folder_of(address: str) -> Path:
+    """The folder in `local:FOLDER`; raises `UsageError` if there is none."""
     if not address:
         raise UsageError("source local needs a folder: local:FOLDER")
     return Path(address).absolute()

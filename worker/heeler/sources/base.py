@@ -7,10 +7,11 @@ itself for long and never decides what a job's end means.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from heeler.errors import HeelerError
 from heeler.job import Job, Result
 
 BARREN_LIMIT = 10
@@ -208,6 +209,11 @@ class JobRecord:
         created: When it was submitted, seconds since 1970.
         finished: When it ended, or None.
         result: What the program left, once it ended.
+        expires: When the queue drops it, whoever works on it, seconds since 1970; None if it never does.
+        history: The newest attempts, oldest first: attempt, worker, started, ended, outcome, reason.
+        webhook: What became of its webhook: "", pending, sent, or why it was given up.
+        result_key: Of the object that holds the result.
+        heard: When its worker wrote last, as before.
     """
 
     id: str
@@ -220,21 +226,90 @@ class JobRecord:
     created: float
     finished: float | None
     result: dict[str, Any] | None
+    expires: float | None = None
+    history: tuple[dict[str, Any], ...] = ()
+    webhook: str = ""
+    result_key: str = ""
+    heard: float | None = None
+
+
+FRESH_RUN = "fresh-"
+"""How the run ids begin that `heeler submit --fresh` gives."""
+
+
+@dataclass(frozen=True)
+class SubmitOptions:
+    """How jobs are submitted.
+
+    Attributes:
+        group: The message group of a FIFO queue.
+        fresh: Whether the documents have a new run id of `FRESH_RUN`.
+    """
+
+    group: str | None = None
+    fresh: bool = False
+
+
+PLAINLY = SubmitOptions()
+
+
+class PartlySubmittedError(HeelerError):
+    """Some jobs are in the queue, and the others are not.
+
+    Attributes:
+        sent: The ids of those that are.
+        exit_code: That of what came between.
+    """
+
+    def __init__(self, words: str, sent: Sequence[str], exit_code: int) -> None:
+        self.sent = sent
+        self.exit_code = exit_code
+        super().__init__(words)
 
 
 class Desk(Protocol):
-    """A queue, as a person who submits and asks sees it. Blocking calls."""
+    """A queue, as a person who submits and asks sees it. Blocking calls.
 
-    def submit(self, documents: list[bytes]) -> list[str]:
-        """Add jobs, all or none, and return their ids.
+    Each may raise a `HeelerError`, and `SourceUnavailableError` while the queue is out of reach.
+    """
+
+    @property
+    def name(self) -> str:
+        """The queue, for people."""
+        ...
+
+    @property
+    def pace(self) -> tuple[float, float]:
+        """Seconds between two looks of somebody who waits: at first, and at the most."""
+        ...
+
+    def submit(self, documents: list[bytes], options: SubmitOptions = PLAINLY) -> list[str]:
+        """Add jobs and return their ids. All or none, unless it says otherwise.
 
         Raises:
             InvalidJobError: A document is none, or its id is taken.
+            PartlySubmittedError: The queue went away midway.
         """
         ...
 
-    def submit_message(self, message: bytes) -> str:
-        """Add a message for an app, byte for byte, and return its id."""
+    def submit_message(self, message: bytes, options: SubmitOptions = PLAINLY) -> str:
+        """Add a message for an app, byte for byte, and return its id.
+
+        Raises:
+            InvalidJobError: The queue can't hold it.
+        """
+        ...
+
+    def notes(self) -> list[str]:
+        """What the calls so far have found that a person should know, a line each; nothing is told twice."""
+        ...
+
+    def look(self, ids: Sequence[str]) -> dict[str, JobRecord]:
+        """Those of these jobs that are known, by id. Without ids it only says whether the queue can tell."""
+        ...
+
+    def result(self, job_id: str) -> bytes | None:
+        """What a job left, byte for byte; None if it left nothing (yet) or is unknown."""
         ...
 
     def jobs(self) -> list[JobRecord]:

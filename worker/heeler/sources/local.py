@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -13,12 +13,15 @@ from typing import TypeVar
 import anyio
 import anyio.to_thread
 
+from heeler.errors import UsageError
 from heeler.job import InvalidJobError, Job, JobDocument, Result, parse_document
-from heeler.sources.base import JobRecord, Lease, LeaseState, Verdict
+from heeler.message import refuse_what_needs_a_record
+from heeler.sources.base import PLAINLY, JobRecord, Lease, LeaseState, SubmitOptions, Verdict
 from heeler.sources.local_table import JobTable, NewJob, Taken
 
 _LOOK_SECONDS = 1.0
 _STAMPS_PER_LOOK = 5
+_LOOK_OF_DESK_SECONDS = 0.2
 _DEFAULT_LEASE_SECONDS = 30.0
 _HEARTBEATS_PER_LEASE = 3
 _DEFAULT_FAILURES = 3
@@ -146,10 +149,22 @@ class LocalDesk:
     """The submitter's side of the queue."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._table = JobTable(folder)
 
-    def submit(self, documents: list[bytes]) -> list[str]:
+    @property
+    def name(self) -> str:
+        """As `Desk.name`."""
+        return f"local:{self._folder}"
+
+    @property
+    def pace(self) -> tuple[float, float]:
+        """As `Desk.pace`: a look costs next to nothing."""
+        return _LOOK_OF_DESK_SECONDS, _LOOK_OF_DESK_SECONDS
+
+    def submit(self, documents: list[bytes], options: SubmitOptions = PLAINLY) -> list[str]:
         """As `Desk.submit`."""
+        _refuse_group(options)
         jobs = [_new_job(body) for body in documents]
         ids = [job.id for job in jobs]
         counts = Counter(ids)
@@ -158,8 +173,9 @@ class LocalDesk:
             raise InvalidJobError("id", f"{taken!r} is in the queue already; choose another, or leave it out")
         return ids
 
-    def submit_message(self, message: bytes) -> str:
+    def submit_message(self, message: bytes, options: SubmitOptions = PLAINLY) -> str:
         """As `Desk.submit_message`."""
+        _refuse_group(options)
         job = NewJob(secrets.token_hex(8), message, _DEFAULT_LEASE_SECONDS, _DEFAULT_FAILURES)
         self._table.add([job])
         return job.id
@@ -172,6 +188,22 @@ class LocalDesk:
         """As `Desk.show`."""
         return next(iter(self._table.records(job_id)), None)
 
+    def look(self, ids: Sequence[str]) -> dict[str, JobRecord]:
+        """As `Desk.look`."""
+        return {record.id: record for job_id in ids for record in self._table.records(job_id)}
+
+    def result(self, job_id: str) -> bytes | None:
+        """As `Desk.result`: the answer's body, or how a command ended."""
+        record = self.show(job_id)
+        result = Result.from_json(record.result or {}) if record is not None else Result()
+        if result == Result():
+            return None
+        return result.body if result.status is not None else json.dumps(result.facts()).encode() + b"\n"
+
+    def notes(self) -> list[str]:
+        """As `Desk.notes`: none."""
+        return []
+
     def cancel(self, job_id: str) -> bool:
         """As `Desk.cancel`."""
         return self._table.cancel(job_id)
@@ -181,8 +213,14 @@ class LocalDesk:
         self._table.close()
 
 
+def _refuse_group(options: SubmitOptions) -> None:
+    if options.group is not None:
+        raise UsageError("--group names a message group of a FIFO queue of SQS, and this queue is none: leave it out")
+
+
 def _new_job(body: bytes) -> NewJob:
     document: JobDocument = parse_document(body)
+    refuse_what_needs_a_record(document)
     job_id = document.id or secrets.token_hex(8)
     if document.id is None:
         body = json.dumps({**json.loads(body), "id": job_id}).encode()

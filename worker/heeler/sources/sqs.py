@@ -14,13 +14,16 @@ import anyio
 
 from heeler.config import Settings
 from heeler.errors import UsageError
+from heeler.job import InvalidJobError, Result
 from heeler.lease import boot_clock
 from heeler.sources import SourceRequest
-from heeler.sources.base import Lease, Verdict
-from heeler.sources.sqs_batch import Batcher
+from heeler.sources.base import LeaseLostError, SourceUnavailableError, Verdict
+from heeler.sources.sqs_batch import Batcher, enough
 from heeler.sources.sqs_calls import Address, SqsCalls
 from heeler.sources.sqs_dead import DeadLetters
+from heeler.sources.sqs_handles import Handles
 from heeler.sources.sqs_lease import Queue, SqsLease
+from heeler.sources.sqs_message import Message
 from heeler.sources.sqs_poll import POLL_SECONDS, Poller
 from heeler.tasks import background
 
@@ -47,19 +50,30 @@ class SqsSource:
         calls = SqsCalls(self._address)
         dead = DeadLetters(calls, dead_url, request.worker, request.on_fault)
         self._calls = calls
+        self._app_mode = request.app_mode
+        self._handles = Handles(request.state_dir, self._address.url, request.on_fault)
+        together = enough(settings.concurrency)
         self._queue = Queue(
             self._address.name,
             settings.sqs_visibility,
-            Batcher(calls.hide),
-            Batcher(calls.delete),
+            Batcher(self._handles.noting(calls.hide)),
+            Batcher(calls.delete, together),
             dead,
+            self._seek,
+            self._handles.keep,
+            self._handles.drop,
             clock,
             request.on_fault,
         )
         longest = max(1, min(POLL_SECONDS, int(settings.stop_grace / _PART_OF_GRACE)))
-        self._poller = Poller(calls, settings.sqs_visibility, longest, clock, dead.look, request.on_fault)
+        self._poller = Poller(calls, settings.sqs_visibility, longest, clock, dead.look, request.on_fault, together)
         self._running = False
         self._ended = anyio.Event()
+
+    @property
+    def queue(self) -> str:
+        """The queue's name."""
+        return self._address.name
 
     @property
     def name(self) -> str:
@@ -78,13 +92,53 @@ class SqsSource:
     async def pause(self) -> None:
         """As `Source.pause`: jobs come only when they are asked for."""
 
-    async def receive(self, *, wait: float) -> Lease | None:
-        """As `Source.receive`."""
-        message = await self._poller.next(wait)
-        return None if message is None else SqsLease(self._queue, message)
+    async def receive(self, *, wait: float) -> SqsLease | None:
+        """As `Source.receive`; what can be posted to no app is set aside."""
+        until = anyio.current_time() + wait
+        while True:
+            message = await self._poller.next(max(0.0, until - anyio.current_time()))
+            if message is None:
+                return None
+            self._handles.keep(message.handle, self._queue.visibility)
+            lease = SqsLease(self._queue, message)
+            reason = self._refusal(message)
+            if not reason:
+                self._tell_ignored(message)
+                return lease
+            await self._set_aside(lease, message, reason)
+
+    async def _seek(self, message_id: str) -> Message | None:
+        return await self._poller.seek(message_id)
+
+    def _refusal(self, message: Message) -> str:
+        """Why an app can't have it; empty if it can."""
+        try:
+            if self._app_mode:
+                message.target  # noqa: B018 - raises
+        except InvalidJobError as error:
+            return str(error)
+        return ""
+
+    async def _set_aside(self, lease: SqsLease, message: Message, reason: str) -> None:
+        """What is not set aside now comes again when it lapses."""
+        self._queue.on_fault("message_refused", message=message.id, error=reason)
+        try:
+            await lease.fail(reason, result=Result())
+        except (SourceUnavailableError, LeaseLostError) as error:
+            self._queue.on_fault("message_not_set_aside", message=message.id, error=str(error))
+
+    def _tell_ignored(self, message: Message) -> None:
+        left_out = message.told(self._queue.name).left_out if self._app_mode else {}
+        for name, why in {**message.ignored(), **left_out}.items():
+            self._queue.on_fault("attribute_left_out", message=message.id, attribute=name, error=why)
 
     async def reclaim(self, worker: str) -> None:
-        """As `Source.reclaim`: SQS does not know who holds a message; what a dead worker held lapses."""
+        """As `Source.reclaim`, of whoever held messages in our state folder: SQS does not know holders by name.
+
+        `run` has not begun yet, so it has connections of its own.
+        """
+        del worker
+        await self._handles.reclaim(SqsCalls(self._address))
 
     def verdict(self) -> Verdict | None:
         """None: somebody may submit at any time."""

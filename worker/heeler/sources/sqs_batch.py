@@ -16,6 +16,14 @@ from heeler.tasks import spawning
 Send = Callable[[Sequence[Change]], Awaitable[list[Exception | None]]]
 
 
+def enough(lanes: int) -> int:
+    """So many of these lanes together are worth a call: half, so that while one half waits for SQS the other works.
+
+    More would make all lanes wait for the slowest, less costs calls; a single lane has nobody to wait for.
+    """
+    return max(1, min(ENTRIES, (lanes + 1) // 2))
+
+
 def _ended() -> Exception:
     return SourceUnavailableError("the source has ended")
 
@@ -38,9 +46,10 @@ class _Entry:
 class Batcher:
     """Calls of one kind. `run` makes them; each call has its own answer."""
 
-    def __init__(self, send: Send) -> None:
-        """Args: the batch call; gives each entry's error, or None."""
+    def __init__(self, send: Send, together: int = ENTRIES) -> None:
+        """Args: the batch call, which gives each entry's error, or None; and how many entries are sent at once."""
         self._send = send
+        self._together = min(together, ENTRIES)
         self._waiting: list[_Entry] = []
         self._news = anyio.Event()
         self._over = False
@@ -80,8 +89,8 @@ class Batcher:
             raise entry.error
 
     async def _until_due(self) -> None:
-        """Return once a batch is full, or its first entry can wait no longer."""
-        while len(self._waiting) < ENTRIES:
+        """Return once there are enough entries, or one can wait no longer."""
+        while len(self._waiting) < self._together:
             due = min((entry.due for entry in self._waiting), default=math.inf)
             if due <= anyio.current_time():
                 return

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from heeler.sources.sqs_calls import RefusedError, SqsCalls
 from heeler.sources.sqs_message import Message
 
-_FAILURES = 3
+FAILURES = 3
 """As Kelpie's `max_failures` (PROTOCOLS 3), where neither the job nor the queue says."""
 _NOT_TOLD = {"AccessDenied", "AccessDeniedException", "InvalidAttributeName", "UnsupportedOperation"}
 """Who may receive may not always ask for a policy, and a look-alike of SQS may have none."""
@@ -28,6 +28,8 @@ class DeadLetters:
         self._looked = False
         self.receives: int | None = None
         """After so many receives SQS takes a message away by itself."""
+        self.retention: float | None = None
+        """Seconds after its sending SQS drops a message, whoever works on it."""
 
     async def look(self) -> None:
         """Learn of the redrive policy, once.
@@ -38,7 +40,9 @@ class DeadLetters:
         if self._looked:
             return
         try:
-            found = await self._calls.attributes("RedrivePolicy")
+            found = await self._calls.attributes("RedrivePolicy", "MessageRetentionPeriod")
+            if "MessageRetentionPeriod" in found:
+                self.retention = float(found["MessageRetentionPeriod"])
             await self._take(json.loads(found.get("RedrivePolicy") or "{}"))
         except RefusedError as error:
             if error.code not in _NOT_TOLD:
@@ -62,7 +66,7 @@ class DeadLetters:
 
     def tries(self, message: Message) -> int:
         """How often a message may fail: as its job says, else as the redrive policy does, which also is the most."""
-        wanted = message.max_failures or self.receives or _FAILURES
+        wanted = message.max_failures or self.receives or FAILURES
         return wanted if self.receives is None else min(wanted, self.receives)
 
     async def send(self, message: Message, reason: str) -> bool:
@@ -73,12 +77,22 @@ class DeadLetters:
         """
         if self._url is None:
             return False
-        notes = {"reason": reason, "attempts": str(message.receives), "worker": self._worker}
-        try:
-            await self._calls.send(self._url, **message.dead_letter(self._url, notes))
-        except RefusedError as error:
-            if error.code not in _REFUSALS:
-                raise
-            self._on_fault("dead_letter_without_reason", error=str(error))
-            await self._calls.send(self._url, **message.dead_letter(self._url, {}))
+        notes = {
+            "job-id": message.job_id,
+            "reason": reason,
+            "attempts": str(message.receives),
+            "worker": self._worker,
+        }
+        # A long message may have room for the id only, by which its checkpoints are found once it is sent back.
+        for fewer in ({"job-id": message.job_id}, {}):
+            try:
+                await self._calls.send(self._url, **message.dead_letter(self._url, notes))
+            except RefusedError as error:
+                if error.code not in _REFUSALS:
+                    raise
+                self._on_fault("dead_letter_without_reason", message=message.id, error=str(error))
+                notes = fewer
+            else:
+                return True
+        await self._calls.send(self._url, **message.dead_letter(self._url, notes))
         return True

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from heeler.job import Job, Result
-from heeler.sources.base import BARREN_LIMIT, LeaseLostError, LeaseState
+from heeler.sources.base import BARREN_LIMIT, LeaseLostError, LeaseState, SourceUnavailableError
+from heeler.sources.facts import MessageFacts
 from heeler.sources.sqs_batch import Batcher
 from heeler.sources.sqs_calls import Change
-from heeler.sources.sqs_dead import DeadLetters
+from heeler.sources.sqs_dead import FAILURES, DeadLetters
 from heeler.sources.sqs_message import Message
 
 LONGEST_SECONDS = 43_200
 """Twelve hours after its receive a message is visible again, whatever was asked."""
+ENDING_SECONDS = 1800
+"""So long before that the job is to be handed back (DESIGN 4)."""
+_ENDING_EXTENSIONS = 3
+"""But a lease must be extended so often at least before it ends."""
+_SEARCH_SECONDS = 5.0
+"""So much longer than a visibility a message that lapsed is looked for; then somebody else has it. An extension of ours
+that arrived late may hide it once more."""
 _SETTLE_WITHIN = 0.005
 _EXTEND_WITHIN = 0.2
 _PART_OF_LEASE = 30
@@ -31,6 +39,9 @@ class Queue:
         hides: Changes of visibility.
         deletes: Deletions.
         dead: Where messages go that failed for good.
+        seek: Receives a message of that id again, if it is visible.
+        keep: Called with the handle of a message that is ours again, and for how many seconds.
+        forget: Called with a handle before its message is settled: from then on another worker may have it.
         clock: Seconds; goes on while the machine sleeps.
         on_fault: Told an event's name and fields.
     """
@@ -40,6 +51,9 @@ class Queue:
     hides: Batcher
     deletes: Batcher
     dead: DeadLetters
+    seek: Callable[[str], Awaitable[Message | None]]
+    keep: Callable[[str, float], None]
+    forget: Callable[[str], None]
     clock: Callable[[], float]
     on_fault: Callable[..., None]
 
@@ -47,8 +61,9 @@ class Queue:
 class SqsLease:
     """Owns what we know of one receive of a message.
 
-    Once it has lapsed by our own clock it is lost, whatever SQS says: of a standard queue an old handle may still be
-    taken, and with it we would change or delete what another worker has.
+    Once it has lapsed by our own clock its handle is not used again, whatever SQS says: of a standard queue an old one
+    may still be taken, and with it we would change or delete what another worker has. The message is received anew: it
+    is still ours if nobody had it in between.
     """
 
     def __init__(self, queue: Queue, message: Message) -> None:
@@ -57,6 +72,9 @@ class SqsLease:
         self._message = message
         self._job = message.job(queue.name)
         self._until = message.received + queue.visibility
+        self._granted = queue.visibility
+        self._attempt = message.receives
+        self._search_until: float | None = None
         self._lost = False
         self._settled = False
         self._sent = False
@@ -70,17 +88,27 @@ class SqsLease:
     @property
     def attempt(self) -> int:
         """SQS's count of receives."""
-        return self._message.receives
+        return self._attempt
 
     @property
     def attempts_ordered(self) -> bool:
-        """SQS counts them."""
-        return True
+        """A message that was sent back from a dead-letter queue is the same job, and counted from 1 again."""
+        return False
 
     @property
     def expires_after(self) -> float:
-        """The visibility that we ask for."""
-        return float(self._queue.visibility)
+        """The visibility that was granted last."""
+        return float(self._granted)
+
+    @property
+    def facts(self) -> MessageFacts:
+        """What is known of the message."""
+        dead, message = self._queue.dead, self._message
+        expires = None
+        if message.sent is not None and dead.retention is not None:
+            expires = message.sent + dead.retention
+        last = dead.receives is not None and message.receives >= dead.receives
+        return MessageFacts(message.id, message.sent, expires, message.max_failures or FAILURES, last)
 
     @property
     def spends_tries(self) -> bool:
@@ -91,22 +119,55 @@ class SqsLease:
         """As `Lease.listen`: it has to be asked."""
 
     async def extend(self, *, progressed: bool = False) -> LeaseState:
-        """As `Lease.extend`; it is lost once less than a whole visibility is left of the twelve hours."""
+        """As `Lease.extend`; it ends before the twelve hours do."""
         self._progressed |= progressed
-        clock, visibility = self._queue.clock, self._queue.visibility
-        if self._lost or self._settled or self._left() < visibility:
+        clock, left = self._queue.clock, self._left()
+        if self._lost or self._settled or left < 1:
             self._lost = True
             return LeaseState.LOST
         asked_at = clock()
-        within = min(_EXTEND_WITHIN, visibility / _PART_OF_LEASE)
+        if asked_at >= self._until:
+            return await self._regain()
+        seconds = min(self._queue.visibility, left)
+        within = min(_EXTEND_WITHIN, self._queue.visibility / _PART_OF_LEASE)
         try:
-            await self._queue.hides.call(Change(self._message.handle, visibility), within=within)
+            await self._queue.hides.call(Change(self._message.handle, seconds), within=within)
         except LeaseLostError:
             self._lost = True
-        if self._lost or self._settled or clock() >= self._until:
+        if self._lost or self._settled:
             self._lost = True
             return LeaseState.LOST
-        self._until = asked_at + visibility
+        if clock() >= self._until:  # the answer may be to a handle that is another's by now
+            return await self._regain()
+        self._until = asked_at + seconds
+        self._granted = seconds
+        ending = max(ENDING_SECONDS, _ENDING_EXTENSIONS * self._queue.visibility)
+        return LeaseState.ENDING if left < ending else LeaseState.HELD
+
+    async def _regain(self) -> LeaseState:
+        """After a partition: receive the message anew, if nobody has it, and nobody had it meanwhile.
+
+        Raises:
+            SourceUnavailableError: It is not known who has it.
+        """
+        if self._queue.dead.receives is not None:  # each receive is one of few, of the other messages too
+            self._lost = True
+            return LeaseState.LOST
+        found = await self._queue.seek(self._message.id)
+        now = self._queue.clock()
+        if self._search_until is None:
+            self._search_until = now + self._queue.visibility + _SEARCH_SECONDS
+        if found is None and now < self._search_until:
+            raise SourceUnavailableError("the message lapsed, and it is not known who has it")
+        if found is None or found.receives != self._message.receives + 1:
+            self._lost = True
+            if found is not None:
+                await self._queue.hides.call(Change(found.handle, 0), within=_SETTLE_WITHIN)
+            return LeaseState.LOST
+        self._queue.forget(self._message.handle)
+        self._queue.keep(found.handle, self._queue.visibility)
+        self._message, self._search_until = found, None
+        self._until, self._granted = found.received + self._queue.visibility, self._queue.visibility
         return LeaseState.HELD
 
     async def complete(self, result: Result) -> None:
@@ -152,12 +213,14 @@ class SqsLease:
 
         Raises:
             LeaseLostError: It is no longer ours to settle.
+            SourceUnavailableError: It has lapsed, and `extend` has not found out yet who has it.
         """
         if self._settled:
             return True
-        if self._lost or self._queue.clock() >= self._until:
-            self._lost = True
+        if self._lost:
             raise LeaseLostError("the message may be visible to others")
+        if self._queue.clock() >= self._until:
+            raise SourceUnavailableError("the message lapsed, and it is not known who has it")
         return False
 
     async def _set_aside(self, reason: str) -> None:
@@ -172,10 +235,12 @@ class SqsLease:
 
     async def _hide(self, delay: float) -> None:
         seconds = max(0, min(math.ceil(delay), self._left()))
+        self._queue.forget(self._message.handle)
         await self._queue.hides.call(Change(self._message.handle, seconds), within=_SETTLE_WITHIN)
         self._settled = True
 
     async def _delete(self) -> None:
+        self._queue.forget(self._message.handle)
         await self._queue.deletes.call(Change(self._message.handle), within=_SETTLE_WITHIN)
         self._settled = True
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 
 from heeler.sources.base import SourceUnavailableError
-from heeler.sources.sqs_calls import ENTRIES, Change, SqsCalls
+from heeler.sources.sqs_calls import ENTRIES, Change, RefusedError, SqsCalls
 from heeler.sources.sqs_message import Message
 
 POLL_SECONDS = 20
 """The longest that SQS lets one poll wait."""
 _NEARLY = 0.05
+_LINGER_SECONDS = 0.005
+"""So long a poll is put off for the sake of lanes that may be free in a moment too."""
 
 
 @dataclass(eq=False)
@@ -41,6 +44,7 @@ class Poller:
         clock: Callable[[], float],
         before: Callable[[], Awaitable[None]],
         on_fault: Callable[..., None],
+        together: int = 1,
     ) -> None:
         """Args.
 
@@ -50,6 +54,7 @@ class Poller:
         clock: What receives are stamped with.
         before: To be done before each poll.
         on_fault: Told what goes wrong between calls.
+        together: How many waiting lanes are polled for at once; fewer, after a moment.
         """
         self._calls = calls
         self._visibility = visibility
@@ -59,23 +64,40 @@ class Poller:
         self._on_fault = on_fault
         # Of a FIFO queue one poll may give several messages of a group, which lanes would do side by side.
         self._at_once = 1 if calls.address.fifo else ENTRIES
+        self._together = min(together, self._at_once)
         self._waiters: list[_Waiter] = []
         self._news = anyio.Event()
+        self._few = False
+        """Whether the last poll brought less than was asked for: there is time to start on it, undisturbed."""
         self._over = False
 
     async def run(self) -> None:
         """Poll while somebody waits."""
         try:
             while True:
-                while not self._waiters:
-                    self._news = anyio.Event()
-                    await self._news.wait()
+                await self._gather()
                 with anyio.CancelScope(shield=True):
                     await self._poll()
                 await anyio.lowlevel.checkpoint()
         finally:
             self._over = True
             self._fail("the source has ended")
+
+    async def _gather(self) -> None:
+        """Return once somebody waits, and whoever else may come in a moment has come too."""
+        count = ENTRIES if self._few else self._together
+        while True:
+            await self._wait_for(1)
+            with anyio.move_on_after(_LINGER_SECONDS):
+                await self._wait_for(count)
+            if self._waiters:
+                return
+
+    async def _wait_for(self, count: int) -> None:
+        """Return once so many wait."""
+        while len(self._waiters) < count:
+            self._news = anyio.Event()
+            await self._news.wait()
 
     async def next(self, wait: float) -> Message | None:
         """The next message; None once a whole poll, and `wait` seconds, brought none.
@@ -102,6 +124,24 @@ class Poller:
             raise waiter.error
         return waiter.message
 
+    async def seek(self, message_id: str) -> Message | None:
+        """Receive a message that has lapsed while its program worked on, if it is visible; others are put back at once.
+
+        Raises:
+            SourceUnavailableError: The queue is out of reach.
+        """
+        # A receive that only gets through when its sender has given up would hide the message from everybody.
+        with suppress(RefusedError):
+            await self._calls.attributes("QueueArn")
+        sought = None
+        with anyio.CancelScope(shield=True):
+            found = self._messages(await self._calls.receive(self._at_once, 1, self._visibility))
+            sought = next((message for message in found if message.id == message_id), None)
+            spare = [message for message in found if message is not sought]
+            if spare:
+                await self._put_back(spare)
+        return sought
+
     async def _poll(self) -> None:
         asked = [*self._waiters]
         count = min(len(asked), self._at_once)
@@ -113,6 +153,7 @@ class Poller:
         except SourceUnavailableError as error:
             self._fail(str(error))
             return
+        self._few = 0 < len(found) < count
         spare = [message for message in self._messages(found) if not self._hand_out(message)]
         if spare:
             await self._put_back(spare)
