@@ -15,7 +15,7 @@ import psutil
 
 from tests.support.worker import clean_environment
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "sqs-sum" / "run.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "sqs-sum" / "run_sum.py"
 TOTAL = "total 333333833333500000, by the formula 333333833333500000: the same"
 
 

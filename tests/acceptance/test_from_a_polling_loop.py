@@ -22,8 +22,8 @@ from tests.acceptance.world import eventually
 from tests.support.worker import Worker, clean_environment
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "from-a-polling-loop.md").read_text(encoding="utf-8")
-CODE = re.findall(r"^```python\n# (\S+)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-COMMANDS = re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+CODE: list[tuple[str, str]] = re.findall(r"^```python\n# (\S+)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+COMMANDS: list[str] = re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 BUCKET = "lab"
 NUMBERS = [3, 1, 4, 1, 5, 9]
 RESULT = b'{"total": 133}'

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import random
+import re
 import socket
 import ssl
 import sys
@@ -320,7 +321,7 @@ async def _ends(_: ByteStream) -> None:
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        (resets, "Connection reset by peer"),
+        (resets, "Connection reset by peer|the connection was closed before the answer"),
         (_ends, "the connection was closed before the answer"),
         (says(b"SSH-2.0-OpenSSH_9.6\r\n\r\n"), "the answer is not HTTP"),
         (says(b"HTTP/1.1 200 OK\r\nX: " + b"y" * 200_000 + b"\r\n\r\n"), "the answer is not HTTP"),
@@ -331,7 +332,7 @@ async def _ends(_: ByteStream) -> None:
 async def test_a_broken_answer_may_come_better(script: Script, words: str) -> None:
     async with serving(script) as server:
         error = await failing(server.url)
-        assert str(error).startswith(f"{server.origin}: {words}")
+        assert re.match(f"{re.escape(server.origin)}: ({words})", str(error))
         assert not error.final
         assert len(server.requests) == 1
 

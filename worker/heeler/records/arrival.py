@@ -50,8 +50,8 @@ class Step(enum.Enum):
 def judge(record: Record | None, arrival: Arrival) -> tuple[Step, Record]:
     """What to do with a message, and the record as it is to be then (for `RUN`) or as it is.
 
-    A job that ended is not run again for the same run, but one that had failed and comes as another message is: that
-    is how a message is sent back from a dead-letter queue. While somebody is at work, only the same message (whose
+    A job that ended is not run again for the same run, but one that had failed and comes as a message that was sent
+    after that is: so does one that is sent back from a dead-letter queue. While somebody is at work, only the same message (whose
     holder has then lost it) takes the job over.
     """
     if record is None:
@@ -62,7 +62,7 @@ def judge(record: Record | None, arrival: Arrival) -> tuple[Step, Record]:
         return Step.WAIT, record
     if record.run_id != arrival.run_id:
         return _other_run(record, arrival)
-    if record.state == "failed" and not same_message:
+    if record.state == "failed" and not same_message and arrival.created > (record.finished or 0.0):
         return Step.RUN, _take(record.again(arrival.run_id, record.created), arrival)
     if record.ended:
         return Step.END, record
@@ -70,8 +70,8 @@ def judge(record: Record | None, arrival: Arrival) -> tuple[Step, Record]:
 
 
 def _other_run(record: Record, arrival: Arrival) -> tuple[Step, Record]:
-    if not record.ended and arrival.created < record.created:
-        return Step.WAIT, record
+    if arrival.created < record.created:  # a newer run than the message's was submitted meanwhile
+        return Step.END if record.ended else Step.WAIT, record
     return Step.RUN, _take(record.again(arrival.run_id, arrival.created), arrival)
 
 

@@ -122,7 +122,8 @@ class Record:
 
     def again(self, run_id: str, created: float) -> Record:
         """The job is to be run anew: nothing counts but the attempts, which order its holders."""
-        return Record(self.id, run_id, "pending", created, attempts=self.attempts, history=self.history)
+        digest = self.digest if run_id == self.run_id else ""
+        return Record(self.id, run_id, "pending", created, digest=digest, attempts=self.attempts, history=self.history)
 
     def heard_of(self, now: float, *, progressed: bool) -> Record:
         """Its holder lives."""

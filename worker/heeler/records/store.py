@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import anyio
 
 from heeler.records.record import DamagedRecordError, Record, decode_record, encode_record
 from heeler_sync.errors import ObjectNotFoundError, PreconditionFailedError, TransientStoreError
-from heeler_sync.groups import for_each
 from heeler_sync.store.base import Condition, ObjectStore
 from heeler_sync.store.retry import RetryPolicy, retrying
 
 _PATIENCE = 10.0
-_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -105,24 +103,6 @@ class RecordStore:
             return (await retrying(self._policy, lambda: self._download(key)))[0]
         except ObjectNotFoundError:
             return None
-
-    async def all(self) -> list[Record]:
-        """All records, oldest first."""
-        keys = [key async for key in self._keys()]
-        found: list[Record] = []
-
-        async def read(key: str) -> None:
-            stored = await retrying(self._policy, lambda: self._get(key))
-            if stored is not None:
-                found.append(stored.record)
-
-        await for_each(keys, read, _AT_ONCE)
-        return sorted(found, key=lambda record: (record.created, record.id))
-
-    async def _keys(self) -> AsyncIterator[str]:
-        async for page in self._open().list(f"{self.prefix}jobs/"):
-            for info in page:
-                yield info.key
 
     async def _write(self, signed: Record, over: Stored | None) -> Stored:
         condition = Condition(if_match=over.etag) if over is not None else Condition(if_absent=True)
