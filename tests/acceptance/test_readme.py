@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 from heeler.job import parse_document
+from tests.support.s3 import S3Server
+from tests.support.sqs_server import KEY, REGION, SECRET, SqsServer
 from tests.support.worker import clean_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,9 +28,9 @@ def test_the_two_commands_install_what_they_need_from_the_extras_and_ci_runs_the
     assert ".[test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def run_block(script: str, folder: Path) -> str:
+def run_block(script: str, folder: Path, **environment: str) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = clean_environment(PATH=path, HEELER_STATE_DIR=str(folder / "state"), HEELER_CONTROL="off")
+    env = clean_environment(PATH=path, HEELER_STATE_DIR=str(folder / "state"), HEELER_CONTROL="off", **environment)
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=folder,
@@ -43,7 +45,7 @@ def run_block(script: str, folder: Path) -> str:
 
 
 def test_there_are_as_many_commands_as_are_run_here() -> None:
-    assert len(blocks("sh")) == 3
+    assert len(blocks("sh")) == 4
 
 
 def test_the_commands_of_the_first_job_run_as_they_stand(tmp_path: Path) -> None:
@@ -55,6 +57,26 @@ def test_the_commands_of_the_first_job_run_as_they_stand(tmp_path: Path) -> None
 def test_the_commands_of_the_http_app_run_as_they_stand(tmp_path: Path) -> None:
     said = run_block(blocks("sh")[2], tmp_path)
     assert re.search(r"^[0-9a-f]{16} +done", said, re.MULTILINE)
+
+
+def test_the_commands_of_the_queue_of_sqs_run_as_they_stand(tmp_path: Path) -> None:
+    names = {line.partition("=")[0] for line in blocks("ini")[0].splitlines()}
+    (tmp_path / "job.json").write_text(re.findall(r"^\{\"id\": \"first\".*$", README, re.MULTILINE)[0], "utf-8")
+    with SqsServer() as queue, S3Server.start(buckets=["lab"]) as storage:
+        environment = {
+            "R2_S3_ENDPOINT_URL": storage.url,
+            "R2_AWS_ACCESS_KEY_ID": storage.access_key,
+            "R2_AWS_SECRET_ACCESS_KEY": storage.secret_key,
+            "SQS_QUEUE_URL": queue.queue("jobs"),
+            "SQS_AWS_ACCESS_KEY_ID": KEY,
+            "SQS_AWS_SECRET_ACCESS_KEY": SECRET,
+            "SQS_AWS_REGION": REGION,
+            "R2_BUCKET_NAME": "lab",
+        }
+        assert names <= environment.keys()
+        said = run_block(blocks("sh")[3], tmp_path, **environment)
+    assert len(re.findall(r"^first-[0-3] +done", said, re.MULTILINE)) == 4
+    assert said.rstrip().endswith('{"exit_code": 0, "signal": null}')
 
 
 def test_the_job_documents_in_readme_are_valid() -> None:

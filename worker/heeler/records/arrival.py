@@ -51,8 +51,8 @@ def judge(record: Record | None, arrival: Arrival) -> tuple[Step, Record]:
     """What to do with a message, and the record as it is to be then (for `RUN`) or as it is.
 
     A job that ended is not run again for the same run, but one that had failed and comes as a message that was sent
-    after that is: so does one that is sent back from a dead-letter queue. While somebody is at work, only the same message (whose
-    holder has then lost it) takes the job over.
+    after that is: so does one that is sent back from a dead-letter queue. While somebody is at work, only the same
+    message (whose holder has then lost it) takes the job over.
     """
     if record is None:
         fresh = Record(arrival.job_id, arrival.run_id, "pending", arrival.created)
