@@ -35,6 +35,8 @@ from heeler_sync.snapshot.scan import TreeScan
 from heeler_sync.threads import in_thread
 from heeler_sync.watch import CLOSED, Batch, TreeWatch
 
+_BEHIND_SECONDS = 5.0
+"""Less is what the distance between two writes of a head costs, not the uplink."""
 _SCAN_SECONDS = 60.0
 _SCAN_SECONDS_UNWATCHED = 2.0
 _SCAN_SOON_SECONDS = 0.05
@@ -327,7 +329,7 @@ class SnapshotFolder:
         if kept is not None:
             self._last_commit = now
             behind = 0.0 if self._changed_at is None else now - self._changed_at
-            if self._moment.due() <= now and behind > self._context.times.commit_interval:
+            if self._moment.due() <= now and behind > max(_BEHIND_SECONDS, self._context.times.commit_interval):
                 self._event("uplink_too_slow", folder=str(self.root), minutes_at_risk=round(behind / 60, 1))
 
     def _at_moment(self) -> Taking:
