@@ -298,3 +298,13 @@ def test_a_worker_cut_off_from_storage_keeps_its_job(world: SqsWorld, records: d
     assert world.told("runs") == "1\n"
     assert set(world.versions("out/who")) == {b"by 1\n"}  # an answer may have been lost in the cut
     check_once(world, records, attempts=1)
+
+
+def test_a_cut_off_worker_that_commits_each_second_does_not_keep_out_the_next(world: SqsWorld) -> None:
+    often = {"HEELER_COMMIT_INTERVAL": "0.2", **NO_RECORDS}
+    world.submit(world.bash(WHO), sync={**snapshots(), **world.outputs()})
+    with cut_off(world, **often) as (link, first):
+        first.wait_for("committed")
+        link.set(partition=True)
+        with world.worker(name="b", machine="second", **{**SETTINGS, **often}) as second:
+            second.wait_for("acquired", timeout=60)

@@ -35,6 +35,8 @@ from heeler_sync.snapshot.scan import TreeScan
 from heeler_sync.threads import in_thread
 from heeler_sync.watch import CLOSED, Batch, TreeWatch
 
+_DOUBT_SECONDS = 8.0
+"""Between two commits while it is in doubt whether the job is ours."""
 _BEHIND_SECONDS = 5.0
 """Less is what the distance between two writes of a head costs, not the uplink."""
 _SCAN_SECONDS = 60.0
@@ -237,7 +239,10 @@ class SnapshotFolder:
         self._warn(anyio.current_time())
 
     def _due(self) -> float:
-        apart = -math.inf if self._moment.certain else self._last_commit + self._context.times.commit_interval
+        interval = self._context.times.commit_interval
+        apart = -math.inf if self._moment.certain else self._last_commit + interval
+        if not self._context.permit.certain():  # whoever has the job by now must be able to take the head from us
+            apart = max(apart, self._last_commit + max(interval, _DOUBT_SECONDS))
         return max(self._moment.due(), apart, self._retry_at)
 
     async def _wait_for_news(self) -> None:
