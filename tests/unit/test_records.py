@@ -187,6 +187,35 @@ async def test_failures_and_interruptions_are_counted_apart(world: RecordWorld) 
     assert world.model.messages == {}
 
 
+async def test_a_failure_that_the_queue_did_not_hear_of_is_counted_once(world: RecordWorld) -> None:
+    world.submit(max_failures=3)
+    async with world.worker() as source:
+        for failures in (1, 2):
+            lease = await take(source)
+            world.model.unreachable.add("")
+            for _ in range(4):
+                with pytest.raises(SourceUnavailableError):
+                    await lease.retry("exit code 1", result=BAD, delay=0.0)
+            world.model.unreachable.clear()
+            await lease.retry("exit code 1", result=BAD, delay=0.0)
+            record = await world.record()
+            assert (record.state, record.failures) == ("pending", failures)
+
+
+async def test_an_interruption_that_the_queue_did_not_hear_of_is_counted_once(world: RecordWorld) -> None:
+    world.submit()
+    async with world.worker() as source:
+        for interruptions in range(1, 10):
+            lease = await take(source)
+            world.model.unreachable.add("")
+            with pytest.raises(SourceUnavailableError):
+                await lease.release("machine", fruitless=True)
+            world.model.unreachable.clear()
+            await lease.release("machine", fruitless=True)
+            record = await world.record()
+            assert (record.state, record.interruptions, record.fruitless) == ("pending", interruptions, interruptions)
+
+
 async def test_a_message_is_hidden_for_the_delay_of_its_failure(world: RecordWorld) -> None:
     world.submit()
     async with world.worker() as source:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from heeler.job import JobDocument
-from heeler.records.record import Record
+from heeler.records.record import DamagedRecordError, Record
 from heeler.records.store import RecordStore
 from heeler.sources.base import SourceUnavailableError
 from heeler.webhook import Event, WebhookError, Webhooks, message_id
@@ -62,7 +62,7 @@ class Announcer:
             said = f"given up: {error}"
         try:
             await records.update(record.id, lambda found: _with_webhook(found, record, said))
-        except StoreError as error:
+        except (StoreError, DamagedRecordError) as error:
             raise SourceUnavailableError(f"the job's record can't be written: {error}") from None
         return None
 

@@ -154,12 +154,13 @@ class RecordedLease:
         """As `Lease.retry`; failures are counted in the record."""
         self._refuse_cancelled()
         facts = self._lease.facts
-        if self._record.failures + 1 >= facts.max_failures:
+        counted = self._record.state == "pending"  # in an earlier call, which the queue did not hear of
+        if not counted and self._record.failures + 1 >= facts.max_failures:
             await self.fail(reason, result=result)
-        elif facts.last:
+        elif not counted and facts.last:
             await self.fail(f"{reason}; the queue's redrive policy allows no further receive", result=result)
         else:
-            if self._record.state == "running":
+            if not counted:
                 await self._write(lambda record: record.retried(self._now(), reason))
             await self._lease.release(reason, delay=delay)
 
@@ -175,13 +176,14 @@ class RecordedLease:
         """As `Lease.release`. Whoever takes it next counts an interruption, if the bucket does not hear of it now."""
         self._refuse_cancelled()
         fruitless = fruitless and not self._progressed
-        if fruitless and self._record.fruitless + 1 >= BARREN_LIMIT:
+        counted = self._record.state == "pending"
+        if not counted and fruitless and self._record.fruitless + 1 >= BARREN_LIMIT:
             words = f"{BARREN_LIMIT} attempts in a row without an end or anything durable, last: {reason}"
             await self.fail(words, result=Result())
             return
         if self._lease.facts.last:
             reason = f"{reason}; the queue's redrive policy moves it to the dead-letter queue now".lstrip("; ")
-        if self._record.state == "running":
+        if not counted:
             with anyio.move_on_after(_LAST_WORD_SECONDS):
                 try:
                     await self._write(lambda record: record.released(self._now(), reason, fruitless=fruitless))
@@ -239,7 +241,7 @@ class RecordedLease:
         """
         try:
             found = await self._context.records.get(self.job.id)
-        except StoreError as error:
+        except (StoreError, DamagedRecordError) as error:
             raise SourceUnavailableError(f"the job's record can't be read: {error}") from None
         if found is None or found.record.attempts != self._attempt:
             raise LeaseLostError("its record says that another worker has it")
@@ -257,7 +259,7 @@ class RecordedLease:
                 self._stored = await self._context.records.write(record, self._stored)
             except ConflictError as conflict:
                 found = conflict.found
-            except StoreError as error:
+            except (StoreError, DamagedRecordError) as error:
                 raise SourceUnavailableError(f"the job's record can't be written: {error}") from None
             else:
                 return
