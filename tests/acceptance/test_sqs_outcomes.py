@@ -406,7 +406,7 @@ def test_records_of_a_newer_heeler_are_left_alone(world: SqsWorld) -> None:
     world.storage.put("jobs", world.record_key(), b'{"format": 999}\n')
     world.submit(world.bash("touch $W/ran"))
     with world.worker() as worker:
-        worker.wait_for("queue_unreachable")
+        worker.wait_for("record_damaged")
         eventually(lambda: world.message()["hidden"] > 5, "it is put back for a while")
     assert not (world.folder / "ran").exists()
     assert world.storage.objects("jobs")[world.record_key()] == b'{"format": 999}\n'
@@ -428,3 +428,16 @@ def test_two_messages_of_one_job_are_not_run_side_by_side(world: SqsWorld) -> No
         world.wait_empty()
     assert world.told("runs") == "x\n"
     check_record(world.wait_record("done"), attempts=1, interruptions=0)
+
+
+def test_a_queue_that_is_not_there_ends_the_worker_at_once(world: SqsWorld) -> None:
+    with world.worker(SQS_QUEUE_URL=f"{world.url}-not") as worker:
+        assert worker.wait() == 64
+    assert any("SQS_QUEUE_URL" in line for line in worker.lines)
+
+
+def test_a_queue_out_of_reach_ends_the_worker_after_the_start_up_limit(world: SqsWorld) -> None:
+    nowhere = {"AWS_ENDPOINT_URL_SQS": "http://127.0.0.1:9", "HEELER_STARTUP_TIMEOUT": "1"}
+    with world.worker(**nowhere) as worker:
+        assert worker.wait() == 69
+    assert any("is the queue's URL right?" in line for line in worker.lines)

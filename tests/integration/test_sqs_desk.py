@@ -458,7 +458,7 @@ def test_jobs_are_listed_oldest_first_and_a_damaged_one_is_named(shop: Shop) -> 
     shop.storage.put(BUCKET, f"r/{shop.name}/jobs/notes.txt", b"x")
     assert [job.id for job in desk.jobs()] == ["c", "b"]
     damaged, foreign = desk.notes()
-    assert damaged.startswith(f"s3://{BUCKET}/{shop.key('a')} is no record of a job: ")
+    assert damaged.startswith(f"s3://{BUCKET}/{shop.key('a')} is no record of a job (")
     assert damaged.endswith("delete it, or mend it")
     assert "notes.txt is no record of a job" in foreign
     assert shop.key("a") in refusal(UsageError, lambda: desk.show("a"))
@@ -560,7 +560,7 @@ async def _run_all(shop: Shop, records: RecordStore, state: Path) -> list[str]:
     ran = []
     async with running(shop.url, state=state) as rig:
         announcer = Announcer(Webhooks(None), None, time.time, lambda *_, **__: None)
-        context = Context(records, announcer, time.time, lambda *_, **__: None)
+        context = Context(records, announcer, time.time, lambda *_, **__: None, lambda *_, **__: None)
         source = RecordedSource(rig.source, context, "w0", documents=True)
         while (lease := await source.receive(wait=2.0)) is not None:
             ran.append(lease.job.id)

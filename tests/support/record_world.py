@@ -73,7 +73,11 @@ class RememberingWebhooks(Webhooks):
 
 
 class RecordWorld:
-    """A queue, a bucket, and any number of workers, one after another or at once."""
+    """A queue, a bucket, and any number of workers, one after another or at once.
+
+    Attributes:
+        settings: Of the workers that begin from now on.
+    """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **model: Any) -> None:
         self.model = SqsModel(**model)
@@ -81,6 +85,12 @@ class RecordWorld:
         self.records = RecordStore(lambda: self.store, PREFIX)
         self.webhooks = RememberingWebhooks()
         self.faults: list[tuple[str, dict[str, object]]] = []
+        self.settings: dict[str, Any] = {
+            "sqs_queue_url": "http://queue/jobs",
+            "sqs_dlq_url": "http://queue/dead",
+            "sqs_region": "x",
+            "records": f"s3://bucket/{PREFIX}",
+        }
         self._folder = folder
         self._monkeypatch = monkeypatch
         self._count = 0
@@ -97,14 +107,18 @@ class RecordWorld:
         self._monkeypatch.setattr(
             "heeler.sources.sqs.SqsCalls", lambda address: CrashingCalls(self.model, address, fuse)
         )
-        settings = Settings(sqs_queue_url="http://queue/jobs", sqs_dlq_url="http://queue/dead", sqs_region="x")
         request = SourceRequest(
-            "sqs", name, self._folder / name, settings=settings, app_mode=not documents, on_fault=self._fault
+            "sqs",
+            name,
+            self._folder / name,
+            settings=Settings(**self.settings),
+            app_mode=not documents,
+            on_fault=self._fault,
         )
         bare = SqsSource(request, clock=anyio.current_time)
         store = CrashingStore(self.store, fuse)
         announcer = Announcer(self.webhooks, None, self.model.now, self._fault)
-        context = Context(RecordStore(lambda: store, PREFIX), announcer, self.model.now, self._fault)
+        context = Context(RecordStore(lambda: store, PREFIX), announcer, self.model.now, self._fault, self._fault)
         source = RecordedSource(bare, context, name, documents=documents)
         async with background(source.run):
             yield source

@@ -311,6 +311,10 @@ class SqsWorld(SourceWorld):
         return
 
 
+def _nobody(_name: str, **_fields: object) -> None:
+    return
+
+
 class RecordedSqsWorld(SqsWorld):
     """`sqs` with records of its jobs in a bucket."""
 
@@ -327,8 +331,8 @@ class RecordedSqsWorld(SqsWorld):
     def _source(self, folder: Path) -> Source:
         bare = super()._source(folder)
         assert isinstance(bare, SqsSource)
-        announcer = Announcer(Webhooks(None), None, self._wall, lambda _name, **_fields: None)
-        context = Context(self._records, announcer, self._wall, lambda _name, **_fields: None)
+        announcer = Announcer(Webhooks(None), None, self._wall, _nobody)
+        context = Context(self._records, announcer, self._wall, _nobody, _nobody)
         source = RecordedSource(bare, context, folder.name, documents=True)
         self._places[id(source)] = folder
         return source

@@ -13,9 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heeler.job import Result
-from heeler.records.arrival import HOLDER_SECONDS, Arrival, Step, judge
-from heeler.records.record import AttemptRecord, DamagedRecordError, Record, decode_record, encode_record
+from heeler.records.arrival import Arrival, Step, judge
+from heeler.records.desk import RecordDesk
+from heeler.records.record import (
+    HOLDER_SECONDS,
+    AttemptRecord,
+    DamagedRecordError,
+    Record,
+    decode_record,
+    encode_record,
+)
 from heeler.records.store import ConflictError, RecordStore
+from heeler.records.submission import Wish
 from heeler.sources.base import LeaseLostError, LeaseState, SourceUnavailableError
 from heeler.webhook import WebhookError
 from heeler_sync.errors import AccessDeniedError, TransientStoreError
@@ -121,7 +130,7 @@ def arrival(message_id: str = "m1", run_id: str = "", created: float = NOW - 100
         (RUNNING.cancelled(NOW), arrival("m2"), Step.END),
         (Record("a", "new", "pending", NOW - 10), arrival("m1", "old"), Step.WAIT),
         (Record("a", "old", "pending", NOW - 200), arrival("m1", "new"), Step.RUN),
-        (Record("a", "new", "pending", NOW - 10).cancelled(NOW), arrival("m1", "old"), Step.END),
+        (Record("a", "new", "pending", NOW - 10).cancelled(NOW), arrival("m1", "old"), Step.DROP),
         (RUNNING.retried(NOW, ""), arrival("m2"), Step.RUN),
     ],
 )
@@ -165,10 +174,10 @@ async def test_an_answer_is_kept_byte_for_byte_under_the_key_that_the_job_names(
     async with world.worker() as source:
         lease = await take(source)
         await lease.complete(Result(status=200, body=b"\0\xff answer"))
-    assert world.store.objects()[f"{PREFIX}mine/a.bin"] == b"\0\xff answer"
+    assert world.store.objects()[f"{PREFIX}named/mine/a.bin"] == b"\0\xff answer"
     record = await world.record()
     assert record.result == {"status": 200, "bytes": 9}
-    assert record.result_key == f"{PREFIX}mine/a.bin"
+    assert record.result_key == f"{PREFIX}named/mine/a.bin"
 
 
 async def test_failures_and_interruptions_are_counted_apart(world: RecordWorld) -> None:
@@ -300,11 +309,11 @@ async def test_a_holder_whose_record_another_has_written_stores_no_result(
         old = await take(source)
         # At-least-once delivery: the handle stays good, and another has the message too.
         await world.change("a", lambda record: record.taken("w9", message, world.model.now()))
-        await world.store.put(f"{PREFIX}mine/a", b"the other's")
+        await world.store.put(f"{PREFIX}named/mine/a", b"the other's")
         with pytest.raises(LeaseLostError):
             await old.complete(OK)
         assert await old.extend() is LeaseState.LOST
-    assert world.store.objects()[f"{PREFIX}mine/a"] == b"the other's"
+    assert world.store.objects()[f"{PREFIX}named/mine/a"] == b"the other's"
     record = await world.record()
     assert (record.worker, record.state, record.result_key) == ("w9", "running", "")
 
@@ -419,25 +428,170 @@ async def test_a_heartbeat_holds_while_the_bucket_is_out_of_reach(world: RecordW
     assert (await world.record()).state == "done"
 
 
-async def test_a_job_whose_record_is_out_of_reach_is_put_back_and_said(world: RecordWorld) -> None:
-    world.submit()
+async def test_while_the_bucket_is_out_of_reach_no_message_is_received(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each receive may be one of few: the whole queue would go to the dead-letter queue, and nothing have been run."""
+    world = RecordWorld(tmp_path, monkeypatch, receives=3)
+    for number in range(10):
+        world.submit(f"job-{number}")
     async with world.worker() as source:
         sick = Sick(world.store)
         source._context = replace(source._context, records=RecordStore(lambda: sick, PREFIX))
-        sick.reads = [AccessDeniedError("GetObject", "b", "k", "403")]
-        with pytest.raises(SourceUnavailableError, match="403"):
-            await source.receive(wait=5.0)
-        assert (await take(source, wait=30.0)).attempt == 1
-    assert world.store.objects()
+        sick.reads = [AccessDeniedError("GetObject", "b", "k", "403")] * 60
+        while sick.reads:
+            with pytest.raises(SourceUnavailableError, match="403"):
+                await source.receive(wait=5.0)
+            await anyio.sleep(5.0)
+        assert sum(message.receives for message in world.model.messages.values()) == 1
+        for _ in range(10):
+            await (await take(source, wait=30.0)).complete(OK)
+    assert world.model.dead == []
 
 
-async def test_a_damaged_record_is_named_and_its_job_not_run(world: RecordWorld) -> None:
+async def test_a_damaged_record_is_named_and_the_other_jobs_are_run(world: RecordWorld) -> None:
     world.submit()
     await world.store.put(f"{PREFIX}jobs/a.json", b"{}")
     async with world.worker() as source:
-        with pytest.raises(SourceUnavailableError, match=r"jobs/a\.json"):
-            await source.receive(wait=5.0)
-    assert len(world.model.messages) == 1
+        assert await source.receive(wait=5.0) is None
+        world.submit("b")
+        assert (await take(source)).job.id == "b"
+    assert "jobs/a.json" in str(next(fields for name, fields in world.faults if name == "record_damaged")["error"])
+    assert len(world.model.messages) == 2
+
+
+async def test_a_record_that_was_damaged_meanwhile_ends_no_worker(world: RecordWorld) -> None:
+    world.submit()
+    async with world.worker() as source:
+        lease = await take(source)
+        await world.store.put(f"{PREFIX}jobs/a.json", b'{"format": 2}')
+        for settle in (lease.complete(OK), lease.retry("x", result=BAD, delay=0.0), lease.fail("x", result=BAD)):
+            with pytest.raises(SourceUnavailableError):
+                await settle
+        assert await lease.extend() is LeaseState.HELD
+
+
+async def test_a_fresh_run_is_not_ended_by_the_cancelled_one_before(world: RecordWorld) -> None:
+    desk = RecordDesk(world.records, lambda: world.store)
+    world.submit()
+    async with world.worker() as source:
+        lease, now = await take(source), world.model.now()
+        assert await desk.cancel("a", now)
+        await desk.reserve([Wish("a", "fresh-1", "d", fresh=True, now=now)])
+        world.submit(run_id="fresh-1")
+        with pytest.raises(LeaseLostError):
+            await lease.complete(OK)
+        assert await lease.extend() is LeaseState.LOST
+        again = await take(source, wait=7200.0)
+        assert again.job.document().run_id == "fresh-1"
+
+
+@pytest.mark.parametrize("key", ["jobs/b.json", "results/b/1", "{job_id}/b.json"])
+async def test_a_result_key_reaches_no_record_and_no_other_result(world: RecordWorld, key: str) -> None:
+    world.submit("b")
+    world.submit("jobs", result_key=key)
+    async with world.worker() as source:
+        for _ in range(2):
+            await (await take(source)).complete(OK)
+    assert (await world.record("b")).id == "b"
+    assert world.results() == {"b/1": b'{"exit_code": 0, "signal": null}\n'}
+
+
+async def test_a_release_does_not_wait_for_a_slow_bucket(world: RecordWorld) -> None:
+    world.submit()
+    async with world.worker() as source:
+        lease = await take(source)
+
+        class Slow(Sick):
+            async def put(
+                self,
+                key: str,
+                data: bytes,
+                *,
+                metadata: Mapping[str, str] | None = None,
+                condition: Condition | None = None,
+            ) -> str:
+                await anyio.sleep(5.0)
+                return await super().put(key, data, metadata=metadata, condition=condition)
+
+        slow = Slow(world.store)
+        lease._context = replace(lease._context, records=RecordStore(lambda: slow, PREFIX))  # type: ignore[attr-defined]
+        with anyio.move_on_after(1.0):  # the last words of a drain
+            await lease.release("told to stop")
+        assert world.model.messages["message-1"].visible_at <= world.model.now()
+
+
+async def test_progress_that_could_not_be_written_is_written_later(world: RecordWorld) -> None:
+    world.submit()
+    async with world.worker() as source:
+        lease = await take(source)
+        await world.change("a", lambda record: replace(record, fruitless=5))
+        sick = Sick(world.store)
+        sick.reads = [down()] * 99
+        lease._context = replace(lease._context, records=RecordStore(lambda: sick, PREFIX))  # type: ignore[attr-defined]
+        await lease.extend(progressed=True)
+        sick.reads = []
+        await lease.extend()
+    assert (await world.record()).fruitless == 0
+
+
+async def test_a_take_that_took_long_is_confirmed_before_the_job_is_given_out(world: RecordWorld) -> None:
+    world.submit()
+    async with world.worker() as source:
+
+        class Slow(Sick):
+            async def download(
+                self, key: str, sink: Sink, *, offset: int = 0, if_match: str | None = None
+            ) -> ObjectInfo:
+                await anyio.sleep(50.0)
+                return await super().download(key, sink, offset=offset, if_match=if_match)
+
+        slow = Slow(world.store)
+        source._context = replace(source._context, records=RecordStore(lambda: slow, PREFIX))
+        await take(source, wait=60.0)
+        assert world.model.messages["message-1"].visible_at - world.model.now() > 50
+
+
+async def test_an_apps_message_is_the_apps_whatever_is_in_it(world: RecordWorld) -> None:
+    async with world.worker(documents=False) as source:
+        for _ in range(2):
+            world.submit("user-1", max_failures=1)
+            lease = await take(source)
+            assert lease.job.id.startswith("message-")
+            await lease.complete(Result(status=200, body=b"x"))
+
+
+async def test_a_message_of_an_older_run_is_deleted_and_nothing_told(world: RecordWorld) -> None:
+    world.submit(webhook=URL, run_id="old")
+    newer = Record("a", "new", "pending", world.model.now() + 1)
+    await world.records.write(newer.failed(world.model.now() + 2, "bad", None, "", "pending"), None)
+    async with world.worker() as source:
+        assert await source.receive(wait=5.0) is None
+    assert world.model.messages == {}
+    assert world.model.dead == []
+    assert world.webhooks.sent == []
+    assert (await world.record()).webhook == "pending"
+
+
+async def test_a_record_begins_with_the_queues_count(world: RecordWorld) -> None:
+    """A checkpoint from before there was a record knows it, and refuses a lower attempt."""
+    world.submit()
+    world.model.messages["message-1"].receives = 4
+    async with world.worker() as source:
+        lease = await take(source)
+        assert lease.attempt == 5
+        await lease.complete(OK)
+    record = await world.record()
+    assert (record.attempts, record.interruptions, record.failures) == (5, 4, 0)
+
+
+def test_a_job_whose_message_the_queue_took_away_is_gone() -> None:
+    last = Record("a", "", "pending", NOW).taken("w", "m", NOW, last=True)
+    assert not last.gone(NOW + 100)
+    assert last.gone(NOW + HOLDER_SECONDS)
+    assert last.released(NOW, "", fruitless=False).gone(NOW + HOLDER_SECONDS)
+    assert not last.done(NOW, None, "", "").gone(NOW + 1e6)
+    assert Record("a", "", "pending", NOW, expires=NOW + 5).gone(NOW + 6)
 
 
 @pytest.mark.parametrize("took_effect", [True, False])

@@ -105,13 +105,14 @@ class Worker:
             sqs_access_key_id="k",
             sqs_secret_access_key="s",
             sqs_visibility=visibility,
+            records=None if records is None else "s3://bucket/r/",
         )
         request = SourceRequest("sqs", name, folder / name, settings=settings, on_fault=self.status.fault)
         bare = SqsSource(request, clock=anyio.current_time)
         self.source: Source = bare
         if records is not None:
             announcer = Announcer(Webhooks(None), None, model.now, self.status.fault)
-            context = Context(records, announcer, model.now, self.status.fault)
+            context = Context(records, announcer, model.now, self.status.fault, self.status.event)
             self.source = RecordedSource(bare, context, name, documents=True)
         self._forwarder = Forwarder(
             self.source, program, self._files, self.drain, self.status, rng=random.Random(1), exit_when_idle=60.0

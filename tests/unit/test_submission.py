@@ -17,8 +17,7 @@ from heeler import desk
 from heeler.documents import numbered, split_documents, with_run_id
 from heeler.errors import UnavailableError, UsageError
 from heeler.job import InvalidJobError, parse_document
-from heeler.records.arrival import HOLDER_SECONDS
-from heeler.records.record import Record
+from heeler.records.record import HOLDER_SECONDS, Record
 from heeler.records.submission import Place, Wish, place
 from heeler.sources.base import Desk
 from heeler.sources.sqs_draft import (

@@ -5,17 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import math
-import random
-from collections.abc import Sequence
 
-import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from heeler.errors import UsageError
-from heeler.webhook import REST, Event, WebhookError, Webhooks, message_id, signed
+from heeler.webhook import Event, Webhooks, message_id, signed
 from tests.support.virtual_time import VIRTUAL
 
 URL = "https://example.com/hook?token=secret"
@@ -120,106 +116,3 @@ def test_ids_are_the_same_for_the_same_parts_only(one: tuple[str, ...], other: t
 def test_an_id_that_could_forge_what_is_signed_is_refused(bad: str) -> None:
     with pytest.raises(ValueError, match="message_id"):
         Event(bad, "job.done", 0.0, {})
-
-
-# Delays.
-
-
-class Scripted(Webhooks):
-    """Each try takes so long, and ends so."""
-
-    def __init__(self, *script: WebhookError | None, each: float = 0.0) -> None:
-        super().__init__(None)
-        self.script = list(script)
-        self.each = each
-        self.began: list[float] = []
-        self._start = anyio.current_time()
-
-    async def send(self, url: str, event: Event) -> None:
-        assert (url, event) == (URL, EVENT)
-        self.began.append(anyio.current_time() - self._start)
-        await anyio.sleep(self.each)
-        outcome = self.script.pop(0) if len(self.script) > 1 else self.script[0]
-        if outcome is not None:
-            raise outcome
-
-    async def told(self, patience: float, seed: int = 0) -> float:
-        await self.deliver(URL, EVENT, patience=patience, rng=random.Random(seed))
-        return anyio.current_time() - self._start
-
-
-def fails(delay: float = 0.0, *, final: bool = False) -> WebhookError:
-    return WebhookError("https://example.com answered 503", final=final, delay=delay)
-
-
-def rests(webhooks: Scripted) -> list[float]:
-    return [later - earlier for earlier, later in zip(webhooks.began, webhooks.began[1:], strict=False)]
-
-
-@pytest.mark.anyio
-async def test_what_succeeds_is_sent_once_and_at_once() -> None:
-    webhooks = Scripted(None)
-    assert await webhooks.told(60.0) == 0.0
-    assert webhooks.began == [0.0]
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("seed", range(20))
-async def test_the_rests_double_with_jitter_up_to_the_longest(seed: int) -> None:
-    webhooks = Scripted(*[fails()] * 10, None)
-    await webhooks.told(3600.0, seed)
-    first, longest = REST
-    for number, rest in enumerate(rests(webhooks)):
-        full = min(longest, first * 2**number)
-        assert full / 2 <= rest <= full + 1e-6
-    other = Scripted(*[fails()] * 10, None)
-    await other.told(3600.0, seed + 1)
-    assert rests(other) != pytest.approx(rests(webhooks))
-
-
-@pytest.mark.anyio
-async def test_a_receiver_that_names_a_time_is_not_asked_before_it() -> None:
-    webhooks = Scripted(fails(30.0), fails(), None)
-    await webhooks.told(60.0)
-    asked, own = rests(webhooks)
-    assert asked == pytest.approx(30.0)
-    assert 1.0 <= own <= 2.0, "its wish holds once"
-
-
-@pytest.mark.anyio
-async def test_what_is_final_is_not_tried_again() -> None:
-    webhooks = Scripted(fails(final=True))
-    with pytest.raises(WebhookError) as caught:
-        await webhooks.told(60.0)
-    assert caught.value.final
-    assert webhooks.began == [0.0]
-
-
-@pytest.mark.anyio
-async def test_a_try_that_would_come_too_late_is_not_waited_for() -> None:
-    webhooks = Scripted(fails(61.0))
-    with pytest.raises(WebhookError, match="answered 503") as caught:
-        await webhooks.told(60.0)
-    assert caught.value.delay == 61.0
-    assert anyio.current_time() - webhooks._start < 1e-3
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize(("each", "tries"), [(0.0, range(4, 7)), (0.7, range(4, 6)), (4.0, [2]), (math.inf, [1])])
-async def test_patience_ends_everything_with_the_last_error(each: float, tries: Sequence[int]) -> None:
-    webhooks = Scripted(fails(), each=each)
-    message = r"^no answer in 10 s$" if each == math.inf else "answered 503"
-    with pytest.raises(WebhookError, match=message) as caught:
-        await webhooks.told(10.0)
-    assert not caught.value.final
-    assert anyio.current_time() - webhooks._start <= 10.0 + 1e-3
-    assert len(webhooks.began) in tries
-
-
-@pytest.mark.anyio
-async def test_a_cancelled_delivery_ends_at_once_and_is_no_webhook_error() -> None:
-    webhooks = Scripted(fails())
-    with anyio.move_on_after(5.0) as scope:
-        await webhooks.told(1e6)
-    assert scope.cancelled_caught
-    assert anyio.current_time() - webhooks._start == pytest.approx(5.0)

@@ -61,6 +61,10 @@ class Drain:
         """Seconds to the deadline."""
         return self.deadline.at - anyio.current_time()
 
+    def grace(self, reserve: float) -> float:
+        """Seconds that a program has to end by itself, of which a flush needs `reserve` afterwards."""
+        return self.left() - reserve
+
     def until_over(self) -> AbstractContextManager[anyio.CancelScope]:
         """Run the block until the deadline."""
         return self.deadline.ends()
@@ -114,6 +118,6 @@ class JobDrain(Drain):
         if whole.hurried.is_set():
             self.hurried.set()
 
-    def left(self) -> float:
-        """Seconds that the program has, at the most."""
-        return min(self._program_until, self.deadline.at) - anyio.current_time()
+    def grace(self, reserve: float) -> float:
+        """As `Drain.grace`; the flush of a job that is drained alone has time of its own."""
+        return min(self._program_until, self.deadline.at - reserve) - anyio.current_time()

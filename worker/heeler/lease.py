@@ -23,6 +23,8 @@ _JITTER = (0.8, 1.0)
 _LONGEST_CALL = 10.0
 _PAUSE_WITHOUT_END = 30.0
 """Of a lease that can't lapse: its source learns of progress, and we of a cancellation, with each call."""
+_LONGEST_PAUSE = 240.0
+"""A cancellation is heard of with a call, and others see by it that we live."""
 _FIRST_RETRY = 0.2
 _LONGEST_RETRY = 10.0
 
@@ -117,7 +119,9 @@ class LeaseKeeper:
 
     def _pause(self) -> float:
         """Seconds to the next call; measured by our own clock, so that time spent stopped counts."""
-        third = _PAUSE_WITHOUT_END if math.isinf(self._lease.expires_after) else self._lease.expires_after / 3
+        third = min(_LONGEST_PAUSE, self._lease.expires_after / 3)
+        if math.isinf(self._lease.expires_after):
+            third = _PAUSE_WITHOUT_END
         if self._failures:
             retry = min(_LONGEST_RETRY, third, _FIRST_RETRY * 2.0 ** min(self._failures - 1, 20))
             return retry * self._rng.uniform(0.5, 1.0)

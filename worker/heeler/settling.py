@@ -12,7 +12,7 @@ from heeler.drain import Drain
 from heeler.job import Ending, Outcome
 from heeler.lease import LeaseKeeper
 from heeler.scopes import Doubling
-from heeler.sources.base import Lease, LeaseLostError, LeaseState, SourceUnavailableError
+from heeler.sources.base import JobCancelledError, Lease, LeaseLostError, LeaseState, SourceUnavailableError
 from heeler.status import Phase, Status
 
 RETRY = (0.2, 5.0)
@@ -57,21 +57,35 @@ class Settling:
         if ending.outcome is Outcome.RETRY:
             delay = min(_LONGEST_DELAY, self._retry_delay * 2.0 ** min(lease.attempt - 1, 20))
             ending = replace(ending, delay=max(ending.delay, delay * self._rng.uniform(0.5, 1.0)))
-        told = False
         try:
-            with self._while_ours(keeper, ending), self._drain.until_over():
-                told = await self._tell_at_last(lease, ending)
-            if not told and keeper.state is LeaseState.CANCELLED and ending.outcome is not Outcome.CANCELLED:
-                ending = Ending(Outcome.CANCELLED, "cancelled")
-                with self._while_ours(keeper, ending), self._drain.until_over():
-                    told = await self._tell_at_last(lease, ending)
+            told = await self._tell_while_ours(lease, keeper, ending)
+            cancelled = not told and keeper.state is LeaseState.CANCELLED
+        except JobCancelledError:
+            told, cancelled = False, True
         except LeaseLostError as error:
-            self._status.fault("lease_lost", error=str(error))
-            ending, told = Ending(Outcome.LOST, "another worker has it"), True
+            return self._lost(error)
+        try:
+            if cancelled and ending.outcome is not Outcome.CANCELLED:
+                ending = Ending(Outcome.CANCELLED, "cancelled")
+                told = await self._tell_while_ours(lease, keeper, ending)
+        except LeaseLostError as error:
+            return self._lost(error)
         if not told and keeper.state is LeaseState.LOST:
             ending = Ending(Outcome.LOST, "another worker has it")
         self._status.settled(ending, told=told)
         return ending, told
+
+    def _lost(self, error: LeaseLostError) -> tuple[Ending, bool]:
+        self._status.fault("lease_lost", error=str(error))
+        ending = Ending(Outcome.LOST, "another worker has it")
+        self._status.settled(ending, told=True)
+        return ending, True
+
+    async def _tell_while_ours(self, lease: Lease, keeper: LeaseKeeper, ending: Ending) -> bool:
+        """Whether the queue knows."""
+        with self._while_ours(keeper, ending), self._drain.until_over():
+            return await self._tell_at_last(lease, ending)
+        return False
 
     def _while_ours(self, keeper: LeaseKeeper, ending: Ending) -> AbstractContextManager[anyio.CancelScope]:
         """How long the queue may be told; of a cancelled job, whose lease has ended, not for long."""

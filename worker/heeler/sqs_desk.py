@@ -99,7 +99,7 @@ class SqsDesk:
         """As `Desk.jobs`; objects that are no records are noted."""
         found, damaged = self._run(self._kept("the list of jobs").all)
         self._notes += damaged
-        return [_shown(record) for record in found]
+        return [_shown(record, self._wall()) for record in found]
 
     def show(self, job_id: str) -> JobRecord | None:
         """As `Desk.show`."""
@@ -111,7 +111,7 @@ class SqsDesk:
     def look(self, ids: Sequence[str]) -> dict[str, JobRecord]:
         """As `Desk.look`."""
         found = self._run(partial(self._kept("the state of a job").look, ids))
-        return {job_id: _shown(record) for job_id, record in found.items()}
+        return {job_id: _shown(record, self._wall()) for job_id, record in found.items()}
 
     def cancel(self, job_id: str) -> bool:
         """As `Desk.cancel`."""
@@ -210,8 +210,10 @@ def _list(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _shown(record: Record) -> JobRecord:
+def _shown(record: Record, now: float) -> JobRecord:
     values: dict[str, Any] = {name: getattr(record, name) for name in _SHOWN}
+    if record.gone(now):
+        values["state"] = "gone"
     return JobRecord(
         **values,
         result=None if record.result is None else dict(record.result),

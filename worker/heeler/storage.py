@@ -12,8 +12,10 @@ from heeler.config import Settings
 from heeler.errors import UnavailableError, UsageError
 from heeler.files import default_sync
 from heeler.job import InvalidJobError
-from heeler_sync.errors import StoreError, SyncError, TransientStoreError
+from heeler_sync.errors import StoreError, SyncError, TransientStoreError, UnfencedStoreError
 from heeler_sync.paths import parse_location
+from heeler_sync.snapshot.layout import Layout
+from heeler_sync.snapshot.swap import require_fence
 from heeler_sync.store.base import ObjectStore
 from heeler_sync.store.retry import RetryPolicy, retrying
 
@@ -86,13 +88,16 @@ async def check(
         raise UsageError(str(error)) from None
     policy = RetryPolicy(patience=settings.startup_timeout, on_retry=on_retry)
     named = [entry.bucket for entry in (*spec.before, *spec.during, *spec.after)]
-    if settings.records is not None and _is_sqs(settings):
-        named.append(parse_location(settings.records).bucket)
+    recorded = parse_location(settings.records) if settings.records is not None and _is_sqs(settings) else None
+    if recorded is not None:
+        named.append(recorded.bucket)
     for bucket in dict.fromkeys(named):
 
         async def look(bucket: str = bucket) -> None:
             async for _ in open_store(bucket).list(".heeler-probe/"):
-                return
+                break
+            if recorded is not None and bucket == recorded.bucket and not settings.allow_unfenced:
+                await require_fence(Layout(open_store(bucket), recorded, policy))
 
         try:
             with anyio.fail_after(max(1.0, settings.startup_timeout)):
@@ -101,6 +106,11 @@ async def check(
             raise UnavailableError(
                 f"storage is out of reach: no answer for bucket {bucket} within {settings.startup_timeout:g} s;"
                 " is the endpoint right?"
+            ) from None
+        except UnfencedStoreError:
+            raise UsageError(
+                f"the storage of HEELER_RECORDS (bucket {bucket}) ignores conditions on writes, so two workers could"
+                " have one job: name another, or set --allow-unfenced"
             ) from None
         except TransientStoreError as error:
             raise UnavailableError(f"storage is out of reach: {error}; is the endpoint right?") from None

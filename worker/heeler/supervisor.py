@@ -39,6 +39,7 @@ from heeler.records.opening import with_records
 from heeler.records.source import RecordedSource
 from heeler.sources import SourceRequest, guess_source, open_source
 from heeler.sources.base import Source, SourceUnavailableError, Verdict
+from heeler.sources.facts import CheckedSource
 from heeler.status import Phase, Status
 from heeler.storage import check, stores
 from heeler.tasks import background
@@ -85,7 +86,7 @@ async def supervise(
         request = SourceRequest(spec, worker, settings.state_path, job, settings, imds, app is not None, status.fault)
         open_store = stores(settings)
         bare = open_source(request)
-        source = with_records(bare, settings, open_store, worker, status.fault, documents=app is None)
+        source = with_records(bare, settings, open_store, worker, status.fault, status.event, documents=app is None)
         status.source = status.clean(source.name)
         if settings.source is None:
             status.event("source_guessed", source=source.name)
@@ -186,6 +187,8 @@ class _Runtime:
             open_store,
             lambda error, delay: status.fault("storage_retried", error=str(error), retry_in=round(delay, 3)),
         )
+        if isinstance(self._source, CheckedSource):
+            await self._source.check(settings.startup_timeout)
         unfit = await check_machine(settings, open_store, self._environment, self._journal, status)
         if unfit:
             await leave_unfit(self._imds, "; ".join(unfit), self._drain, status)

@@ -12,7 +12,6 @@ import hashlib
 import hmac
 import json
 import os
-import random
 import re
 import socket
 import time
@@ -31,7 +30,6 @@ import anyio.to_thread
 from heeler import __version__
 from heeler.app.http import retry_after
 from heeler.errors import UsageError
-from heeler.scopes import Doubling
 from heeler.urls import check_webhook
 
 if TYPE_CHECKING:
@@ -40,8 +38,6 @@ if TYPE_CHECKING:
 
 TRY_SECONDS = 15.0
 """How long one try may take, from the name's look-up to the answer's head: the least that the specification advises."""
-REST = (1.0, 60.0)
-"""Seconds between tries: the first, and the longest."""
 _SECRET_PREFIX = "whsec_"  # noqa: S105 - no secret itself
 _KEY_BYTES = range(24, 65)
 _MESSAGE_ID = re.compile(r"[A-Za-z0-9_-]{1,200}")
@@ -119,34 +115,6 @@ class Webhooks:
             **signed(self._key, event.id, int(self._wall()), body),
         }
         await post(url, headers, body, timeout=self._timeout, proxied=True)
-
-    async def deliver(self, url: str, event: Event, *, patience: float, rng: random.Random) -> None:
-        """Try, with growing rests between, for `patience` seconds at most; a try under way then is cut off.
-
-        Args:
-            url: Where to.
-            event: What.
-            patience: Seconds.
-            rng: Where the jitter of the rests comes from.
-
-        Raises:
-            WebhookError: The last try's; at once if it is final, or if the next would come too late.
-        """
-        backoff = Doubling(*REST, rng)
-        last = WebhookError(f"no answer in {patience:g} s")
-        with anyio.move_on_after(patience) as scope:
-            while True:
-                try:
-                    await self.send(url, event)
-                except WebhookError as error:
-                    last = error
-                else:
-                    return
-                rest = max(last.delay, backoff.next())
-                if last.final or anyio.current_time() + rest >= scope.deadline:
-                    break
-                await anyio.sleep(rest)
-        raise last
 
 
 def signed(key: bytes | None, message: str, timestamp: int, body: bytes) -> dict[str, str]:

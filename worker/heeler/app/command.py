@@ -165,7 +165,7 @@ class _Watch:
         await self.drain.requested.wait()
         self.drained = True
         self._running.terminate()
-        grace = self.drain.left() - await assignment.reserve()
+        grace = self.drain.grace(await assignment.reserve())
         with anyio.move_on_after(max(_LEAST_GRACE, grace)):
             await self.drain.hurried.wait()
         await self._running.kill()

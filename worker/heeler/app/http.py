@@ -100,7 +100,7 @@ class HttpDelivery:
         """As `Delivery.deliver`."""
         if (ending := await self._reached(assignment.job, drain)) is not None:
             return ending
-        watch = _Watch(self._program, drain, self._settings.timeout, lambda: self._calls == 1)
+        watch = _Watch(self._program, drain, self._settings.timeout, lambda: self._calls == 1, self._readiness.spoiled)
         self._readiness.enter()
         self._calls += 1
         try:
@@ -220,10 +220,18 @@ class _Watch:
         drained: Whether we were told to stop meanwhile.
     """
 
-    def __init__(self, program: Program | None, drain: Drain, timeout: float, alone: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        program: Program | None,
+        drain: Drain,
+        timeout: float,
+        alone: Callable[[], bool],
+        spoil: Callable[[Life], None],
+    ) -> None:
         self.life = program.life if program is not None else None
         self.drain = drain
         self._alone = alone
+        self._spoil = spoil
         self._timeout = timeout
         self._until = math.inf
         self.abandoned = True
@@ -262,6 +270,8 @@ class _Watch:
         if not self.drain.everything and not self._alone():
             scope.cancel()  # the others' jobs go on; the program is started anew after the last of them
             return
+        if not self.drain.everything and self.life is not None:
+            self._spoil(self.life)  # no other lane is to give a job to a program that ends
         scope.deadline = math.inf
         if self.life is not None:
             self.life.terminate()

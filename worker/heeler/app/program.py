@@ -188,5 +188,5 @@ class Program:
 
 def grace_of(drain: Drain, reserve: float) -> float:
     """Seconds that a program has to end by itself in a drain."""
-    left = drain.left()
-    return _STOP_SECONDS if math.isinf(left) else max(1.0, left - reserve)
+    grace = drain.grace(reserve)
+    return _STOP_SECONDS if math.isinf(grace) else max(1.0, grace)

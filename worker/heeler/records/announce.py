@@ -15,6 +15,7 @@ from heeler.webhook import Event, WebhookError, Webhooks, message_id
 from heeler_sync.errors import StoreError
 
 _GIVE_UP_SECONDS = 86_400.0
+_BRIEF_SECONDS = 300.0
 _DELAYS = (10.0, 900.0)
 """Between two tries: as long as the job has ended, within these."""
 _TOLD = ("id", "run_id", "state", "attempts", "failures", "interruptions", "reason", "worker", "created", "finished")
@@ -39,7 +40,9 @@ class Announcer:
         named = document.webhook if document is not None else None
         return named or self._default_url
 
-    async def announce(self, record: Record, url: str | None, records: RecordStore, *, last: bool) -> float | None:
+    async def announce(
+        self, record: Record, url: str | None, records: RecordStore, *, last: bool, brief: bool
+    ) -> float | None:
         """Send the webhook of a record that says "pending"; the seconds until it is to be tried again, if so.
 
         Args:
@@ -47,6 +50,7 @@ class Announcer:
             url: Where to.
             records: Where the record and the result are.
             last: Whether its message will not come again.
+            brief: Whether others wait for its message.
 
         Raises:
             SourceUnavailableError: The result or the record is out of reach.
@@ -55,7 +59,7 @@ class Announcer:
             said = await self._send(record, url, records)
         except WebhookError as error:
             age = self._wall() - (record.finished or 0.0)
-            if not error.final and not last and age < _GIVE_UP_SECONDS:
+            if not error.final and not last and age < (_BRIEF_SECONDS if brief else _GIVE_UP_SECONDS):
                 self._on_fault("webhook_retried", job=record.id, error=str(error))
                 return max(error.delay, min(_DELAYS[1], max(_DELAYS[0], age)))
             self._on_fault("webhook_failed", job=record.id, error=str(error))

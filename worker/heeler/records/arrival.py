@@ -5,10 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from heeler.records.record import Record
+from heeler.records.record import HOLDER_SECONDS, Record
 
-HOLDER_SECONDS = 900.0
-"""A holder that was heard of within that time counts as alive. A wrong guess costs work, never a result."""
 WAIT_SECONDS = 3600
 """Until a second message of a job that somebody has is looked at again."""
 
@@ -25,6 +23,8 @@ class Arrival:
         now: Seconds since 1970.
         created: When it was sent, as before.
         expires: When the queue drops it, as before; or None.
+        receives: The queue's own count of receives.
+        last: Whether the queue gives it to nobody after this receive.
     """
 
     job_id: str
@@ -34,6 +34,8 @@ class Arrival:
     now: float
     created: float
     expires: float | None = None
+    receives: int = 1
+    last: bool = False
 
 
 class Step(enum.Enum):
@@ -43,6 +45,8 @@ class Step(enum.Enum):
     """The job is to be run, once the record is written."""
     END = "end"
     """It has ended: the queue is to be told again, and nothing run."""
+    DROP = "drop"
+    """It is of an older run than the one that has ended: nobody wants it any more."""
     WAIT = "wait"
     """Another message of the job is being worked on: come again later."""
 
@@ -71,9 +75,11 @@ def judge(record: Record | None, arrival: Arrival) -> tuple[Step, Record]:
 
 def _other_run(record: Record, arrival: Arrival) -> tuple[Step, Record]:
     if arrival.created < record.created:  # a newer run than the message's was submitted meanwhile
-        return Step.END if record.ended else Step.WAIT, record
+        return Step.DROP if record.ended else Step.WAIT, record
     return Step.RUN, _take(record.again(arrival.run_id, arrival.created), arrival)
 
 
 def _take(record: Record, arrival: Arrival) -> Record:
-    return record.taken(arrival.worker, arrival.message_id, arrival.now, arrival.expires)
+    return record.taken(
+        arrival.worker, arrival.message_id, arrival.now, arrival.expires, arrival.receives, last=arrival.last
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import anyio
 
@@ -17,7 +16,7 @@ from heeler.job import Job, JobDocument, Result
 from heeler.records.announce import Announcer
 from heeler.records.record import DamagedRecordError, Record
 from heeler.records.store import ConflictError, RecordStore, Stored
-from heeler.sources.base import BARREN_LIMIT, LeaseLostError, LeaseState, SourceUnavailableError
+from heeler.sources.base import BARREN_LIMIT, JobCancelledError, LeaseLostError, LeaseState, SourceUnavailableError
 from heeler.sources.facts import RecordableLease
 from heeler.tasks import alongside
 from heeler_sync.errors import StoreError
@@ -27,8 +26,9 @@ _BEAT_SECONDS = 300.0
 _LOOK_SECONDS = 5.0
 _PART_OF_LEASE = 6
 """A look takes up to that part of the lease: half of what its keeper waits for an extension (`lease.py`)."""
-_LAST_WORD_SECONDS = 2.0
-"""The most that a release waits for the bucket: to be handed back at once matters more."""
+_LAST_WORD_SECONDS = 0.6
+"""The most that a release waits for the bucket: to be handed back at once matters more, and a drain's last words have a
+second in all."""
 _JOB_ID = "{job_id}"
 
 
@@ -41,12 +41,14 @@ class Context:
         announcer: Sends webhooks.
         wall: Seconds since 1970.
         on_fault: Told an event's name and fields.
+        on_event: As before, of what is no fault.
     """
 
     records: RecordStore
     announcer: Announcer
     wall: Callable[[], float]
     on_fault: Callable[..., None]
+    on_event: Callable[..., None]
 
 
 class RecordedLease:
@@ -59,7 +61,9 @@ class RecordedLease:
         self._document = document
         self._context = context
         self._attempt = stored.record.attempts
+        self._run_id = stored.record.run_id
         self._progressed = False
+        self._owed = False
         self._news: LeaseState | None = None
 
     @property
@@ -96,8 +100,9 @@ class RecordedLease:
 
         Both are asked side by side: one that is out of reach says nothing against what the other says.
         """
+        self._owed |= progressed
         state, error = LeaseState.HELD, None
-        async with alongside(partial(self._look, progressed=progressed)):
+        async with alongside(self._look):
             if self._news is None:  # what an earlier call has found out, which was broken off
                 try:
                     state = await self._lease.extend(progressed=progressed)
@@ -109,27 +114,28 @@ class RecordedLease:
             raise error
         return state
 
-    async def _look(self, *, progressed: bool) -> None:
+    async def _look(self) -> None:
         """Learn what the record says that the queue does not."""
         seconds = min(_LOOK_SECONDS, self.expires_after / _PART_OF_LEASE)
         error = f"no answer in {seconds:.1f} s"
         with anyio.move_on_after(seconds):
             try:
-                self._news = await self._read(progressed=progressed)
+                self._news = await self._read()
             except (StoreError, DamagedRecordError) as found:
                 error = str(found)
             else:
                 return
         self._context.on_fault("record_not_read", error=error)
 
-    async def _read(self, *, progressed: bool) -> LeaseState | None:
+    async def _read(self) -> LeaseState | None:
         """What it says of the lease, if that is anything; it is written anew now and then."""
         found = await self._context.records.get(self.job.id)
-        if found is None or found.record.attempts != self._attempt:
+        if found is None or not self._is_ours(found.record):
             return LeaseState.LOST
         self._stored = found
         if found.record.state == "cancelled":
             return LeaseState.CANCELLED
+        progressed = self._owed  # told once, and perhaps not written then
         first_progress = progressed and not self._progressed
         now = self._context.wall()
         if first_progress or now - found.record.heard >= _BEAT_SECONDS:
@@ -140,7 +146,12 @@ class RecordedLease:
             except ConflictError:
                 return None  # the next look tells why
             self._progressed |= progressed
+            self._owed = False
         return None
+
+    def _is_ours(self, record: Record) -> bool:
+        """Whether it speaks of our attempt: not of a later one, nor of a run that was submitted since."""
+        return (record.attempts, record.run_id) == (self._attempt, self._run_id)
 
     async def complete(self, result: Result) -> None:
         """As `Lease.complete`: result, record, webhook, and then the message."""
@@ -175,7 +186,7 @@ class RecordedLease:
     async def release(self, reason: str = "", *, delay: float = 0.0, fruitless: bool = False) -> None:
         """As `Lease.release`. Whoever takes it next counts an interruption, if the bucket does not hear of it now."""
         self._refuse_cancelled()
-        fruitless = fruitless and not self._progressed
+        fruitless = fruitless and not self._progressed and not self._owed
         counted = self._record.state == "pending"
         if not counted and fruitless and self._record.fruitless + 1 >= BARREN_LIMIT:
             words = f"{BARREN_LIMIT} attempts in a row without an end or anything durable, last: {reason}"
@@ -200,7 +211,7 @@ class RecordedLease:
 
     def _refuse_cancelled(self) -> None:
         if self._record.state == "cancelled":
-            raise LeaseLostError("its record says that it is cancelled")
+            raise JobCancelledError("its record says that it is cancelled")
 
     @property
     def _record(self) -> Record:
@@ -223,7 +234,7 @@ class RecordedLease:
         records = self._context.records
         key = records.result_key(self.job.id, self._attempt)
         if named is not None:
-            key = records.prefix + named.replace(_JOB_ID, self.job.id)
+            key = records.named_key(named.replace(_JOB_ID, self.job.id))
             await self._make_sure()  # whoever has overtaken us may have stored another result there
         body = result.body if result.status is not None else json.dumps(result.facts()).encode() + b"\n"
         try:
@@ -243,7 +254,7 @@ class RecordedLease:
             found = await self._context.records.get(self.job.id)
         except (StoreError, DamagedRecordError) as error:
             raise SourceUnavailableError(f"the job's record can't be read: {error}") from None
-        if found is None or found.record.attempts != self._attempt:
+        if found is None or not self._is_ours(found.record):
             raise LeaseLostError("its record says that another worker has it")
 
     async def _write(self, change: Callable[[Record], Record]) -> None:
@@ -263,12 +274,13 @@ class RecordedLease:
                 raise SourceUnavailableError(f"the job's record can't be written: {error}") from None
             else:
                 return
-            if found is None or found.record.attempts != self._attempt:
+            if found is None or not self._is_ours(found.record):
                 raise LeaseLostError("its record says that another worker has it")
             # A heartbeat came between, or a write of ours whose answer was lost, or a cancellation.
             self._stored = found
             if found.record.state == record.state:
                 return
+            self._refuse_cancelled()
             if found.record.state != "running":
                 raise LeaseLostError(f"its record says that it is {found.record.state}")
 
@@ -281,7 +293,9 @@ async def end(lease: RecordableLease, stored: Stored, webhook: str | None, conte
     """Announce that a job has ended, and settle its message so; it may have been begun before."""
     record = stored.record
     if record.webhook == "pending":
-        retry_in = await context.announcer.announce(record, webhook, context.records, last=lease.facts.last)
+        retry_in = await context.announcer.announce(
+            record, webhook, context.records, last=lease.facts.last, brief=lease.facts.grouped
+        )
         if retry_in is not None:
             await lease.release("its webhook is tried again", delay=retry_in)
             return

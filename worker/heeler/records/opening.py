@@ -41,6 +41,7 @@ def with_records(
     open_store: Callable[[str], ObjectStore],
     worker: str,
     on_fault: Callable[..., None],
+    on_event: Callable[..., None],
     *,
     documents: bool,
 ) -> Source:
@@ -55,4 +56,6 @@ def with_records(
             raise UsageError("--webhook needs records of jobs: use the source sqs, and set HEELER_RECORDS")
         return source
     announcer = Announcer(Webhooks(settings.webhook_secret), settings.webhook, time.time, on_fault)
-    return RecordedSource(source, Context(records, announcer, time.time, on_fault), worker, documents=documents)
+    return RecordedSource(
+        source, Context(records, announcer, time.time, on_fault, on_event), worker, documents=documents
+    )

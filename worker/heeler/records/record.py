@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar
 FORMAT = 1
 _ATTEMPTS_KEPT = 20
 _REASON_LENGTH = 1000
+HOLDER_SECONDS = 900.0
+"""A holder that was heard of within that time counts as alive. A wrong guess costs work, never a result."""
 ENDED = frozenset({"done", "failed", "cancelled"})
 
 T = TypeVar("T")
@@ -66,6 +68,7 @@ class Record:
         heard: When its holder wrote last, seconds since 1970.
         finished: When it ended, or None.
         expires: When the queue drops its message, whoever works on it; or None.
+        last: Whether the queue gives its message to nobody after this attempt (a redrive policy).
         result: How the program ended or what the app answered, without the answer's body.
         result_key: Of the object that holds the result.
         webhook: "", "pending", "sent", or why it was given up.
@@ -88,6 +91,7 @@ class Record:
     heard: float = 0.0
     finished: float | None = None
     expires: float | None = None
+    last: bool = False
     result: Mapping[str, Any] | None = None
     result_key: str = ""
     webhook: str = ""
@@ -99,24 +103,46 @@ class Record:
         """Whether nothing more happens to it."""
         return self.state in ENDED
 
+    def gone(self, now: float) -> bool:
+        """Whether the queue has no message of it any more, as far as a clock can tell, though it has not ended."""
+        if self.ended or (self.state == "running" and now - self.heard < HOLDER_SECONDS):
+            return False
+        dropped = self.expires is not None and self.expires < now
+        return dropped or (self.last and now - self.heard >= HOLDER_SECONDS)
+
     def signed(self) -> Record:
         """As it is to be written: with a new write id."""
         return replace(self, write=secrets.token_hex(8))
 
-    def taken(self, worker: str, message_id: str, now: float, expires: float | None = None) -> Record:
-        """A worker has it: the next attempt begins. One of which no end was told was interrupted."""
+    def taken(
+        self,
+        worker: str,
+        message_id: str,
+        now: float,
+        expires: float | None = None,
+        receives: int = 0,
+        *,
+        last: bool = False,
+    ) -> Record:
+        """A worker has it: the next attempt begins. One of which no end was told was interrupted.
+
+        A new record begins with the queue's count: checkpoints may know that from before there was one. What was
+        received then, and came again, counts as interrupted.
+        """
         interrupted = int(self.state == "running")
-        attempt = AttemptRecord(self.attempts + 1, worker, now)
+        before = self.attempts or max(0, receives - 1)
+        attempt = AttemptRecord(before + 1, worker, now)
         return replace(
             self,
             state="running",
             message_id=message_id,
             attempts=attempt.attempt,
-            interruptions=self.interruptions + interrupted,
+            interruptions=self.interruptions + interrupted + before - self.attempts,
             fruitless=self.fruitless + interrupted,
             worker=worker,
             heard=now,
             expires=expires,
+            last=last,
             history=(*self.history, attempt)[-_ATTEMPTS_KEPT:],
         )
 
@@ -191,19 +217,20 @@ def decode_record(data: bytes) -> Record:
     try:
         document = json.loads(data)
         if document.pop("format") != FORMAT:
-            raise DamagedRecordError("was written by a newer heeler: use that one")
+            raise DamagedRecordError("was written by a newer heeler: use that one here, too")
         history = tuple(_checked(AttemptRecord(**entry)) for entry in document.pop("history"))
         return _checked(Record(history=history, **document))
     except DamagedRecordError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedRecordError(f"is no record of a job: {error}") from None
+        raise DamagedRecordError(f"is no record of a job ({error}): delete it, or mend it") from None
 
 
 _KINDS: Mapping[str, tuple[type, ...]] = {
     "str": (str,),
     "State": (str,),
     "int": (int,),
+    "bool": (bool,),
     "float": (int, float),
     "float | None": (int, float, type(None)),
     "Mapping[str, Any] | None": (dict, type(None)),
@@ -214,8 +241,8 @@ def _checked(entry: T) -> T:
     for part in fields(entry):  # type: ignore[arg-type]
         kinds = _KINDS.get(str(part.type))
         value = getattr(entry, part.name)
-        if kinds is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-            raise DamagedRecordError(f"is no record of a job: its {part.name} is {value!r}")
+        if kinds is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+            raise DamagedRecordError(f"is no record of a job (its {part.name} is {value!r}): delete it, or mend it")
     if isinstance(entry, Record) and entry.state not in ("pending", "running", *ENDED):
-        raise DamagedRecordError(f"is no record of a job: its state is {entry.state!r}")
+        raise DamagedRecordError(f"is no record of a job (its state is {entry.state!r}): delete it, or mend it")
     return entry

@@ -9,13 +9,19 @@ from heeler.records.arrival import WAIT_SECONDS, Arrival, Step, judge
 from heeler.records.lease import Context, RecordedLease, end
 from heeler.records.record import DamagedRecordError
 from heeler.records.store import ConflictError
-from heeler.sources.base import BARREN_LIMIT, Lease, LeaseLostError, SourceUnavailableError, Verdict
+from heeler.sources.base import BARREN_LIMIT, Lease, LeaseLostError, LeaseState, SourceUnavailableError, Verdict
 from heeler.sources.facts import RecordableLease, RecordableSource
 from heeler_sync.errors import StoreError
 
 _REST_SECONDS = 10.0
 """Of a message whose record is out of reach."""
+_DAMAGED_SECONDS = 300.0
+"""Of a message whose record can't be read, until somebody has mended it."""
 _PUT_BACK_SECONDS = 2.0
+_PART_OF_LEASE = 6
+"""A take that took longer than that part of its lease is confirmed before the job is given out."""
+_NO_JOB = "heeler-asks"
+"""The id of no job, whose record is asked for to see whether the bucket answers."""
 _SOON_SECONDS = 86_400.0
 """What is left of a message's life when its end is said."""
 
@@ -29,11 +35,16 @@ class RecordedSource:
         self._context = context
         self._worker = worker
         self._documents = documents
+        self._in_doubt = False
 
     @property
     def name(self) -> str:
         """As the wrapped source's."""
         return self._source.name
+
+    async def check(self, patience: float) -> None:
+        """As `CheckedSource.check`."""
+        await self._source.check(patience)
 
     async def run(self) -> None:
         """As `Source.run`."""
@@ -56,8 +67,13 @@ class RecordedSource:
         await self._source.aclose()
 
     async def receive(self, *, wait: float) -> Lease | None:
-        """As `Source.receive`; messages of jobs that have ended are settled here."""
+        """As `Source.receive`; messages of jobs that have ended are settled here.
+
+        While the records are out of reach no message is received: each receive may be one of few.
+        """
         until = anyio.current_time() + wait
+        if self._in_doubt:
+            await self._ask_records()
         while True:
             lease = await self._source.receive(wait=max(0.0, until - anyio.current_time()))
             if lease is None:
@@ -68,22 +84,47 @@ class RecordedSource:
             if anyio.current_time() >= until:
                 return None
 
+    async def _ask_records(self) -> None:
+        """Return once the bucket answers.
+
+        Raises:
+            SourceUnavailableError: It does not.
+        """
+        try:
+            await self._context.records.get(_NO_JOB)
+        except StoreError as error:
+            raise SourceUnavailableError(f"the records are out of reach: {error}") from None
+        except DamagedRecordError:
+            pass
+        self._in_doubt = False
+
     async def _take(self, lease: RecordableLease) -> RecordedLease | None:
         """The job, if it is to be run."""
+        asked_at = anyio.current_time()
         try:
-            return await self._judge(lease)
+            taken = await self._judge(lease)
+            late = anyio.current_time() - asked_at > lease.expires_after / _PART_OF_LEASE
+            if taken is not None and late and await taken.extend() is LeaseState.LOST:
+                return None
         except LeaseLostError:
             return None  # whoever has the message now judges it
+        except DamagedRecordError as error:
+            self._context.on_fault("record_damaged", job=lease.job.id, error=str(error))
+            await self._put_back(lease, _DAMAGED_SECONDS, str(error))
+            return None
         except anyio.get_cancelled_exc_class():
             with anyio.move_on_after(_PUT_BACK_SECONDS, shield=True):
                 await self._put_back(lease, 0.0, "the worker was told to stop")
             raise
         except SourceUnavailableError as error:
+            self._in_doubt = True
             await self._put_back(lease, _REST_SECONDS, str(error))
             raise
-        except (StoreError, DamagedRecordError) as error:
+        except StoreError as error:
+            self._in_doubt = True
             await self._put_back(lease, _REST_SECONDS, str(error))
             raise SourceUnavailableError(f"the job's record is out of reach: {error}") from None
+        return taken
 
     async def _put_back(self, lease: RecordableLease, delay: float, reason: str) -> None:
         try:
@@ -102,7 +143,12 @@ class RecordedSource:
                 self._context.on_fault("job_has_a_holder", job=record.id, holder=record.worker)
                 await lease.release("another message of the job is worked on", delay=WAIT_SECONDS)
                 return None
+            if step is Step.DROP:
+                self._context.on_event("old_run_dropped", job=record.id, run=arrival.run_id)
+                await lease.withdraw()
+                return None
             if step is Step.END and stored is not None:
+                self._context.on_event("job_had_ended", job=record.id, state=record.state)
                 await end(lease, stored, self._context.announcer.url_of(document), self._context)
                 return None
             try:
@@ -138,6 +184,8 @@ class RecordedSource:
             now,
             facts.created if facts.created is not None else now,
             facts.expires,
+            facts.receives,
+            last=facts.last,
         )
 
 

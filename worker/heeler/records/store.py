@@ -60,6 +60,10 @@ class RecordStore:
         """Where the result of an attempt is: a key of its own, so that an earlier holder can't overwrite it."""
         return f"{self.prefix}results/{job_id}/{attempt}"
 
+    def named_key(self, name: str) -> str:
+        """Where a result is whose job names its key: away from records and from the results of others."""
+        return f"{self.prefix}named/{name}"
+
     async def get(self, job_id: str) -> Stored | None:
         """A job's record, if it has one."""
         return await retrying(self._policy, lambda: self._get(self.key(job_id)))
@@ -133,7 +137,7 @@ class RecordStore:
         try:
             return Stored(decode_record(data), etag)
         except DamagedRecordError as error:
-            raise DamagedRecordError(f"s3://{self._open().bucket}/{key} {error}: delete it, or mend it") from None
+            raise DamagedRecordError(f"s3://{self._open().bucket}/{key} {error}") from None
 
     async def _download(self, key: str) -> tuple[bytes, str]:
         parts: list[bytes] = []

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from heeler.job import InvalidJobError
-from heeler.records.arrival import HOLDER_SECONDS
-from heeler.records.record import Record
+from heeler.records.record import HOLDER_SECONDS, Record
 from heeler.sources.base import FRESH_RUN
 
 

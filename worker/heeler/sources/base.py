@@ -26,6 +26,10 @@ class LeaseLostError(Exception):
     """The job is no longer ours: another worker has it, or it was cancelled. Nothing was changed."""
 
 
+class JobCancelledError(LeaseLostError):
+    """The job was cancelled: it is to be withdrawn."""
+
+
 class LeaseState(enum.Enum):
     """What the queue says when a lease is extended."""
 

@@ -16,6 +16,8 @@ class MessageFacts:
         message_id: The queue's own id of it.
         created: When it was sent, seconds since 1970; None if the queue does not say.
         expires: When the queue drops it, as before; None if nobody knows.
+        receives: How often it was given out, this time included.
+        grouped: Whether other messages wait while this one rests (FIFO).
         max_failures: How often the job may fail.
         last: Whether the queue gives it to nobody after this receive (a redrive policy).
     """
@@ -23,6 +25,8 @@ class MessageFacts:
     message_id: str
     created: float | None
     expires: float | None
+    receives: int
+    grouped: bool
     max_failures: int
     last: bool
 
@@ -37,7 +41,24 @@ class RecordableLease(Lease, Protocol):
 
 
 @runtime_checkable
-class RecordableSource(Source, Protocol):
+class CheckedSource(Source, Protocol):
+    """A source whose queue can be looked at before the first job."""
+
+    async def check(self, patience: float) -> None:
+        """Ask the queue whether it is there, and whether it knows us.
+
+        Args:
+            patience: Seconds to go on asking.
+
+        Raises:
+            UsageError: It is not, or it does not.
+            UnavailableError: There was no answer in time.
+        """
+        ...
+
+
+@runtime_checkable
+class RecordableSource(CheckedSource, Protocol):
     """A source of such leases."""
 
     @property

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 import anyio
 
 from heeler.config import Settings
-from heeler.errors import UsageError
+from heeler.errors import UnavailableError, UsageError
 from heeler.job import InvalidJobError, Result
 from heeler.lease import boot_clock
 from heeler.sources import SourceRequest
 from heeler.sources.base import LeaseLostError, SourceUnavailableError, Verdict
 from heeler.sources.sqs_batch import Batcher, enough
-from heeler.sources.sqs_calls import Address, SqsCalls
-from heeler.sources.sqs_dead import DeadLetters
+from heeler.sources.sqs_calls import Address, RefusedError, SqsCalls
+from heeler.sources.sqs_dead import NOT_TOLD, DeadLetters
 from heeler.sources.sqs_handles import Handles
 from heeler.sources.sqs_lease import Queue, SqsLease
 from heeler.sources.sqs_message import Message
 from heeler.sources.sqs_poll import POLL_SECONDS, Poller
+from heeler.sources.sqs_send import explained, patiently
 from heeler.tasks import background
 
 _PART_OF_GRACE = 6
@@ -59,14 +62,27 @@ class SqsSource:
             Batcher(self._handles.noting(calls.hide)),
             Batcher(calls.delete, together),
             dead,
-            self._seek,
+            self._seek if settings.records is not None else None,
             self._handles.keep,
             self._handles.drop,
             clock,
             request.on_fault,
         )
         longest = max(1, min(POLL_SECONDS, int(settings.stop_grace / _PART_OF_GRACE)))
-        self._poller = Poller(calls, settings.sqs_visibility, longest, clock, dead.look, request.on_fault, together)
+        self._leases: WeakValueDictionary[str, SqsLease] = WeakValueDictionary()
+        """The newest of each message, while somebody has it."""
+        read = partial(Message.of, documents=not request.app_mode)
+        self._poller = Poller(
+            calls,
+            settings.sqs_visibility,
+            longest,
+            clock,
+            dead.look,
+            request.on_fault,
+            together,
+            self._claim,
+            read=read,
+        )
         self._running = False
         self._ended = anyio.Event()
 
@@ -100,7 +116,7 @@ class SqsSource:
             if message is None:
                 return None
             self._handles.keep(message.handle, self._queue.visibility)
-            lease = SqsLease(self._queue, message)
+            self._leases[message.id] = lease = SqsLease(self._queue, message)
             reason = self._refusal(message)
             if not reason:
                 self._tell_ignored(message)
@@ -109,6 +125,11 @@ class SqsSource:
 
     async def _seek(self, message_id: str) -> Message | None:
         return await self._poller.seek(message_id)
+
+    def _claim(self, message: Message) -> bool:
+        """Whether it lapsed in another lane, which goes on with it."""
+        lease = self._leases.get(message.id)
+        return lease is not None and lease.adopt(message)
 
     def _refusal(self, message: Message) -> str:
         """Why an app can't have it; empty if it can."""
@@ -139,6 +160,25 @@ class SqsSource:
         """
         del worker
         await self._handles.reclaim(SqsCalls(self._address))
+
+    async def check(self, patience: float) -> None:
+        """Ask the queue, so that a wrong URL or key is told before the first job. With connections of its own.
+
+        Raises:
+            UsageError: There is no such queue, or it refuses us.
+            UnavailableError: It did not answer for `patience` seconds.
+        """
+        calls = SqsCalls(self._address)
+        async with calls.opened():
+            try:
+                with anyio.fail_after(max(1.0, patience)):
+                    await patiently(lambda: calls.attributes("QueueArn"), patience)
+            except TimeoutError:
+                raise UnavailableError(f"SQS did not answer within {patience:g} s; is the queue's URL right?") from None
+            except SourceUnavailableError as error:
+                # Who may receive may not always ask.
+                if not isinstance(error, RefusedError) or error.code not in NOT_TOLD:
+                    raise explained(error) from None
 
     def verdict(self) -> Verdict | None:
         """None: somebody may submit at any time."""

@@ -13,6 +13,9 @@ from heeler.sources.base import SourceUnavailableError
 from heeler.sources.sqs_calls import ENTRIES, Change
 from heeler.tasks import spawning
 
+_ORDER_SECONDS = 0.5
+"""So long a call waits for the answer to the one before it of the same message, or SQS might do them in reverse."""
+
 Send = Callable[[Sequence[Change]], Awaitable[list[Exception | None]]]
 
 
@@ -51,6 +54,8 @@ class Batcher:
         self._send = send
         self._together = min(together, ENTRIES)
         self._waiting: list[_Entry] = []
+        self._sent: dict[str, _Entry] = {}
+        """Without an answer yet, by handle."""
         self._news = anyio.Event()
         self._over = False
 
@@ -61,6 +66,7 @@ class Batcher:
                 while True:
                     await self._until_due()
                     batch, self._waiting = self._waiting[:ENTRIES], self._waiting[ENTRIES:]
+                    self._sent.update((entry.change.handle, entry) for entry in batch)
                     spawn(partial(self._make, batch))
         finally:
             self._over = True
@@ -74,6 +80,10 @@ class Batcher:
             LeaseLostError: The handle is no longer good.
             SourceUnavailableError: It is not known whether it took effect.
         """
+        before = self._sent.get(change.handle)
+        if before is not None:
+            with anyio.move_on_after(_ORDER_SECONDS):
+                await before.done.wait()
         if self._over:
             raise _ended()
         entry = _Entry(change, anyio.current_time() + within)
@@ -108,4 +118,6 @@ class Batcher:
                 entry.error = SourceUnavailableError(str(error))
         finally:
             for entry in batch:
+                if self._sent.get(entry.change.handle) is entry:
+                    del self._sent[entry.change.handle]
                 entry.end()

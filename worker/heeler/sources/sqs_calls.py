@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ _SLACK_SECONDS = 5.0
 _CONNECTIONS = 20
 _NOT_OURS = {"ReceiptHandleIsInvalid", "InvalidParameterValue", "MessageNotInflight"}
 """How SQS says that a handle is no longer good: an invalid or an expired one, and a message that is visible again."""
+_PASSING = {"InternalError", "InternalFailure", "OverLimit", "RequestTimeout", "ServiceUnavailable", "?", ""}
+_OF_HANDLE = re.compile("receipt *handle", re.IGNORECASE)
 
 
 class RefusedError(SourceUnavailableError):
@@ -33,11 +36,20 @@ class RefusedError(SourceUnavailableError):
 
     Attributes:
         code: Why, in its own word, without what stands before the last dot.
+        passes: Whether the same call may be taken later.
     """
 
-    def __init__(self, call: str, code: str, words: str) -> None:
+    def __init__(self, call: str, code: str, words: str, *, passes: bool | None = None) -> None:
+        """Args: the call, what SQS says, and whether that passes, where it is known otherwise than by the code."""
         self.code = code.rpartition(".")[2]
+        self.passes = _passes(self.code) if passes is None else passes
+        if _OF_HANDLE.search(words):
+            words = ""  # they may quote it, and it is the right to change the message
         super().__init__(f"SQS refused {call} with {self.code}{words and ': '}{words}")
+
+
+def _passes(code: str) -> bool:
+    return code in _PASSING or "Throttl" in code or (code.isdigit() and int(code) >= 500)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def draft_of_document(body: bytes) -> tuple[Draft, JobDocument]:
 
 
 def draft_of_message(body: bytes) -> Draft:
-    """A message for an app, byte for byte. Its id is that of the document in it, or made up and sent beside it.
+    """A message for an app, byte for byte. Its id is that of a document in it, or made up; it is sent beside it.
 
     Raises:
         InvalidJobError: SQS takes no such text.
@@ -108,10 +108,9 @@ def draft_of_message(body: bytes) -> Draft:
     if unfit := _OUT_OF_TEXT.search(text):
         reason = f"contains U+{ord(unfit.group()):04X}, which SQS does not take: encode it (base64)"
         raise InvalidJobError("message", reason)
-    if named := _id_in(body):
-        return Draft(named, "", named=True, text=text)
-    job_id = secrets.token_hex(8)
-    return Draft(job_id, "", named=False, text=text, attributes={JOB_ID: job_id})
+    named = _id_in(body)
+    job_id = named or secrets.token_hex(8)
+    return Draft(job_id, "", named=named is not None, text=text, attributes={JOB_ID: job_id})
 
 
 def refuse_doubles(drafts: Sequence[Draft]) -> None:

@@ -10,7 +10,7 @@ from heeler.job import Job, Result
 from heeler.sources.base import BARREN_LIMIT, LeaseLostError, LeaseState, SourceUnavailableError
 from heeler.sources.facts import MessageFacts
 from heeler.sources.sqs_batch import Batcher
-from heeler.sources.sqs_calls import Change
+from heeler.sources.sqs_calls import Change, RefusedError
 from heeler.sources.sqs_dead import FAILURES, DeadLetters
 from heeler.sources.sqs_message import Message
 
@@ -23,6 +23,10 @@ _ENDING_EXTENSIONS = 3
 _SEARCH_SECONDS = 5.0
 """So much longer than a visibility a message that lapsed is looked for; then somebody else has it. An extension of ours
 that arrived late may hide it once more."""
+_TENDED_SECONDS = 30.0
+"""A lease that is kept is asked about more often than that once it has lapsed; of another nobody would settle it."""
+_MARGIN_SECONDS = 30
+"""What we leave of the twelve hours: a call takes a while, and so did the answer to the receive."""
 _SETTLE_WITHIN = 0.005
 _EXTEND_WITHIN = 0.2
 _PART_OF_LEASE = 30
@@ -39,7 +43,7 @@ class Queue:
         hides: Changes of visibility.
         deletes: Deletions.
         dead: Where messages go that failed for good.
-        seek: Receives a message of that id again, if it is visible.
+        seek: Receives a message of that id again, if it is visible; None where each receive counts as a failure.
         keep: Called with the handle of a message that is ours again, and for how many seconds.
         forget: Called with a handle before its message is settled: from then on another worker may have it.
         clock: Seconds; goes on while the machine sleeps.
@@ -51,7 +55,7 @@ class Queue:
     hides: Batcher
     deletes: Batcher
     dead: DeadLetters
-    seek: Callable[[str], Awaitable[Message | None]]
+    seek: Callable[[str], Awaitable[Message | None]] | None
     keep: Callable[[str, float], None]
     forget: Callable[[str], None]
     clock: Callable[[], float]
@@ -75,8 +79,14 @@ class SqsLease:
         self._granted = queue.visibility
         self._attempt = message.receives
         self._search_until: float | None = None
+        self._asked_at = message.received
         self._lost = False
         self._settled = False
+        self._begun: Batcher | None = None
+        """What was asked to end our hold, while it may have done so without our knowing."""
+        self._in_air = False
+        self._gone = False
+        """An extension told that a deletion of ours was done whose answer was lost."""
         self._sent = False
         self._progressed = False
 
@@ -108,7 +118,15 @@ class SqsLease:
         if message.sent is not None and dead.retention is not None:
             expires = message.sent + dead.retention
         last = dead.receives is not None and message.receives >= dead.receives
-        return MessageFacts(message.id, message.sent, expires, message.max_failures or FAILURES, last)
+        return MessageFacts(
+            message.id,
+            message.sent,
+            expires,
+            message.receives,
+            "MessageGroupId" in message.system,
+            message.max_failures or FAILURES,
+            last,
+        )
 
     @property
     def spends_tries(self) -> bool:
@@ -119,24 +137,31 @@ class SqsLease:
         """As `Lease.listen`: it has to be asked."""
 
     async def extend(self, *, progressed: bool = False) -> LeaseState:
-        """As `Lease.extend`; it ends before the twelve hours do."""
+        """As `Lease.extend`; it ends before the twelve hours do, and undoes no settlement that is under way."""
         self._progressed |= progressed
         clock, left = self._queue.clock, self._left()
+        self._asked_at = asked_at = clock()
+        if self._settling():
+            return LeaseState.HELD
         if self._lost or self._settled or left < 1:
             self._lost = True
             return LeaseState.LOST
-        asked_at = clock()
         if asked_at >= self._until:
             return await self._regain()
         seconds = min(self._queue.visibility, left)
         within = min(_EXTEND_WITHIN, self._queue.visibility / _PART_OF_LEASE)
+        message = self._message
         try:
-            await self._queue.hides.call(Change(self._message.handle, seconds), within=within)
+            await self._queue.hides.call(Change(message.handle, seconds), within=within)
         except LeaseLostError:
-            self._lost = True
-        if self._lost or self._settled:
-            self._lost = True
+            if message is self._message:
+                self._refute()
+        if message is not self._message:  # it lapsed, and a poll has brought it anew
+            return LeaseState.HELD
+        if self._lost:
             return LeaseState.LOST
+        if self._settled or self._settling():
+            return LeaseState.HELD
         if clock() >= self._until:  # the answer may be to a handle that is another's by now
             return await self._regain()
         self._until = asked_at + seconds
@@ -144,31 +169,64 @@ class SqsLease:
         ending = max(ENDING_SECONDS, _ENDING_EXTENSIONS * self._queue.visibility)
         return LeaseState.ENDING if left < ending else LeaseState.HELD
 
+    def _settling(self) -> bool:
+        """Whether a settlement is under way that an extension would undo, or could say nothing about."""
+        if self._gone:
+            return True
+        given_back = self._begun is self._queue.hides
+        return (self._in_air or given_back) and not self._settled and not self._lapsed()
+
+    def _refute(self) -> None:
+        """SQS says that our handle is no longer good: if we have begun to settle, that may be why."""
+        if self._begun is None and not self._settled:
+            self._lost = True
+        elif self._begun is self._queue.deletes and not self._in_air:
+            self._gone = True
+
     async def _regain(self) -> LeaseState:
         """After a partition: receive the message anew, if nobody has it, and nobody had it meanwhile.
 
         Raises:
             SourceUnavailableError: It is not known who has it.
         """
-        if self._queue.dead.receives is not None:  # each receive is one of few, of the other messages too
+        # With a redrive policy each receive is one of few, of the other messages too.
+        if self._queue.seek is None or self._queue.dead.receives is not None:
             self._lost = True
             return LeaseState.LOST
         found = await self._queue.seek(self._message.id)
         now = self._queue.clock()
+        if found is None and not self._lapsed():  # a poll has found it meanwhile
+            return LeaseState.HELD
         if self._search_until is None:
             self._search_until = now + self._queue.visibility + _SEARCH_SECONDS
         if found is None and now < self._search_until:
             raise SourceUnavailableError("the message lapsed, and it is not known who has it")
-        if found is None or found.receives != self._message.receives + 1:
-            self._lost = True
-            if found is not None:
-                await self._queue.hides.call(Change(found.handle, 0), within=_SETTLE_WITHIN)
-            return LeaseState.LOST
+        if found is not None and self._follows(found):
+            self._take(found)
+            return LeaseState.HELD
+        self._lost = True
+        if found is not None:
+            await self._queue.hides.call(Change(found.handle, 0), within=_SETTLE_WITHIN)
+        return LeaseState.LOST
+
+    def adopt(self, message: Message) -> bool:
+        """Go on with our message, which lapsed here and which another lane has received; False if it is that lane's."""
+        tended = self._queue.clock() - self._asked_at < _TENDED_SECONDS
+        over = self._lost or self._settled or self._gone
+        if over or not tended or not self._lapsed() or not self._follows(message):
+            return False
+        self._take(message)
+        return True
+
+    def _follows(self, message: Message) -> bool:
+        """Whether it was given to nobody between our receive and that one."""
+        return message.receives == self._message.receives + 1
+
+    def _take(self, message: Message) -> None:
         self._queue.forget(self._message.handle)
-        self._queue.keep(found.handle, self._queue.visibility)
-        self._message, self._search_until = found, None
-        self._until, self._granted = found.received + self._queue.visibility, self._queue.visibility
-        return LeaseState.HELD
+        self._queue.keep(message.handle, self._queue.visibility)
+        self._message, self._search_until, self._begun = message, None, None
+        self._until, self._granted = message.received + self._queue.visibility, self._queue.visibility
 
     async def complete(self, result: Result) -> None:
         """As `Lease.complete`: the message is deleted. Without a bucket nobody keeps the result."""
@@ -215,11 +273,12 @@ class SqsLease:
             LeaseLostError: It is no longer ours to settle.
             SourceUnavailableError: It has lapsed, and `extend` has not found out yet who has it.
         """
+        self._settled |= self._gone
         if self._settled:
             return True
         if self._lost:
             raise LeaseLostError("the message may be visible to others")
-        if self._queue.clock() >= self._until:
+        if self._lapsed():
             raise SourceUnavailableError("the message lapsed, and it is not known who has it")
         return False
 
@@ -231,19 +290,39 @@ class SqsLease:
             await self._delete()
             return
         await self._hide(LONGEST_SECONDS)
-        self._queue.on_fault("job_kept", error=f"it failed for good, and there is no dead-letter queue: {reason}")
+        words = f"it failed for good, and there is no dead-letter queue that takes it: {reason}"
+        self._queue.on_fault("job_kept", message=self._message.id, error=words)
 
     async def _hide(self, delay: float) -> None:
         seconds = max(0, min(math.ceil(delay), self._left()))
-        self._queue.forget(self._message.handle)
-        await self._queue.hides.call(Change(self._message.handle, seconds), within=_SETTLE_WITHIN)
-        self._settled = True
+        await self._settle(self._queue.hides, Change(self._message.handle, seconds))
 
     async def _delete(self) -> None:
-        self._queue.forget(self._message.handle)
-        await self._queue.deletes.call(Change(self._message.handle), within=_SETTLE_WITHIN)
+        await self._settle(self._queue.deletes, Change(self._message.handle))
+
+    async def _settle(self, calls: Batcher, change: Change) -> None:
+        """End our hold, by a call that no extension is to undo."""
+        before, self._begun, self._in_air = self._begun, calls, True
+        self._queue.forget(change.handle)
+        try:
+            await calls.call(change, within=_SETTLE_WITHIN)
+        except LeaseLostError:
+            self._lost |= before is not self._queue.deletes  # else that deletion was done, and its answer was lost
+        except RefusedError as error:
+            if not error.passes:
+                self._begun = before
+            raise
+        finally:
+            self._in_air = False
+        if change.handle != self._message.handle:
+            raise SourceUnavailableError("the message lapsed meanwhile, and was received anew")
+        if self._lost:
+            raise LeaseLostError("its handle is no longer good")
         self._settled = True
+
+    def _lapsed(self) -> bool:
+        return self._queue.clock() >= self._until
 
     def _left(self) -> int:
         """Whole seconds of the twelve hours that are left."""
-        return LONGEST_SECONDS - 1 - math.ceil(self._queue.clock() - self._message.received)
+        return LONGEST_SECONDS - _MARGIN_SECONDS - math.ceil(self._queue.clock() - self._message.received)

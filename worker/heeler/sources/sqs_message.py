@@ -35,7 +35,7 @@ class Message:
         system: The attributes that SQS keeps, by name.
         attributes: Those of the sender, as they are sent.
         received: By our clock.
-        document: The job document in its body, if it is one.
+        document: The job document in its body, if it is to be one.
     """
 
     id: str
@@ -47,8 +47,8 @@ class Message:
     document: JobDocument | None = field(repr=False)
 
     @classmethod
-    def of(cls, found: dict[str, Any], received: float) -> Message:
-        """From an entry of `ReceiveMessage`."""
+    def of(cls, found: dict[str, Any], received: float, *, documents: bool = True) -> Message:
+        """From an entry of `ReceiveMessage`; an app's messages are none of our `documents`, whatever is in them."""
         text = found.get("Body", "")
         return cls(
             found["MessageId"],
@@ -57,7 +57,7 @@ class Message:
             found.get("Attributes", {}),
             found.get("MessageAttributes", {}),
             received,
-            _document(text),
+            _document(text) if documents else None,
         )
 
     @property

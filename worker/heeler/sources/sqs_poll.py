@@ -45,6 +45,8 @@ class Poller:
         before: Callable[[], Awaitable[None]],
         on_fault: Callable[..., None],
         together: int = 1,
+        claim: Callable[[Message], bool] = lambda _message: False,
+        read: Callable[[dict[str, Any], float], Message] = Message.of,
     ) -> None:
         """Args.
 
@@ -55,6 +57,8 @@ class Poller:
         before: To be done before each poll.
         on_fault: Told what goes wrong between calls.
         together: How many waiting lanes are polled for at once; fewer, after a moment.
+        claim: Given each message first; whether a lane has it already.
+        read: Makes a message of an entry and the time of its receive.
         """
         self._calls = calls
         self._visibility = visibility
@@ -62,6 +66,8 @@ class Poller:
         self._clock = clock
         self._before = before
         self._on_fault = on_fault
+        self._claim = claim
+        self._read = read
         # Of a FIFO queue one poll may give several messages of a group, which lanes would do side by side.
         self._at_once = 1 if calls.address.fifo else ENTRIES
         self._together = min(together, self._at_once)
@@ -137,7 +143,7 @@ class Poller:
         with anyio.CancelScope(shield=True):
             found = self._messages(await self._calls.receive(self._at_once, 1, self._visibility))
             sought = next((message for message in found if message.id == message_id), None)
-            spare = [message for message in found if message is not sought]
+            spare = [message for message in found if message is not sought and not self._claim(message)]
             if spare:
                 await self._put_back(spare)
         return sought
@@ -154,7 +160,8 @@ class Poller:
             self._fail(str(error))
             return
         self._few = 0 < len(found) < count
-        spare = [message for message in self._messages(found) if not self._hand_out(message)]
+        new = [message for message in self._messages(found) if not self._claim(message)]
+        spare = [message for message in new if not self._hand_out(message)]
         if spare:
             await self._put_back(spare)
         now = anyio.current_time()
@@ -164,7 +171,7 @@ class Poller:
 
     def _messages(self, found: list[dict[str, Any]]) -> list[Message]:
         received = self._clock()
-        return [Message.of(entry, received) for entry in found]
+        return [self._read(entry, received) for entry in found]
 
     def _hand_out(self, message: Message) -> bool:
         """Give it to whoever waits longest; False if nobody does."""

@@ -20,7 +20,6 @@ _SEND_SECONDS = 60.0
 """The most that one call may take: a megabyte on a slow uplink."""
 _AT_ONCE = 4
 """Batches under way. A FIFO queue has one: their order is the jobs'."""
-_PASSING = {"InternalError", "InternalFailure", "OverLimit", "RequestTimeout", "ServiceUnavailable", "?", ""}
 _NO_QUEUE = {"QueueDoesNotExist", "NonExistentQueue", "InvalidAddress"}
 _CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
 
@@ -28,15 +27,11 @@ T = TypeVar("T")
 
 
 class RefusedJobError(RefusedError):
-    """SQS took others of the batch, and not this one.
-
-    Attributes:
-        passes: Whether it was SQS's fault.
-    """
+    """SQS took others of the batch, and not this one; it passes if it was SQS's fault."""
 
     def __init__(self, job_id: str, failed: Mapping[str, Any]) -> None:
-        self.passes = not failed.get("SenderFault")
-        super().__init__(f"job {job_id!r}", failed.get("Code", ""), failed.get("Message", ""))
+        passes = not failed.get("SenderFault")
+        super().__init__(f"job {job_id!r}", failed.get("Code", ""), failed.get("Message", ""), passes=passes)
 
 
 class Sender(SqsCalls):
@@ -92,14 +87,14 @@ class Sender(SqsCalls):
         return {job_id: RefusedJobError(job_id, entry) for job_id, entry in failed.items()}
 
 
-async def patiently(call: Callable[[], Awaitable[T]]) -> T:
-    """Await `call()` until it does not fail for a reason that passes, or for long.
+async def patiently(call: Callable[[], Awaitable[T]], patience: float = _PATIENCE) -> T:
+    """Await `call()` until it does not fail for a reason that passes, or for so many seconds.
 
     Raises:
         SourceUnavailableError: The last failure.
     """
     backoff = Backoff()
-    give_up = anyio.current_time() + _PATIENCE
+    give_up = anyio.current_time() + patience
     while True:
         try:
             return await call()
@@ -111,11 +106,8 @@ async def patiently(call: Callable[[], Awaitable[T]]) -> T:
 
 
 def _passes(error: SourceUnavailableError) -> bool:
-    if isinstance(error, RefusedJobError):
-        return error.passes
     if isinstance(error, RefusedError):
-        code = error.code
-        return code in _PASSING or "Throttl" in code or (code.isdigit() and int(code) >= 500)
+        return error.passes
     return not isinstance(error.__context__, _CREDENTIALS)
 
 
