@@ -15,8 +15,8 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from heeler import kinds
 from heeler.errors import UsageError
-from heeler.urls import check_webhook
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,8 +26,6 @@ else:
 PREFIX = "HEELER_"
 MASK = "********"
 
-_LONGEST = 1e9
-"""Seconds; a socket's time-out can't be much longer."""
 
 _USER_IN_URL = re.compile(r"//.*@")
 _SERVICE_LINK = re.compile(
@@ -54,97 +52,6 @@ _NOT_SETTINGS = {
 }
 
 
-def _text(value: str) -> str:
-    return value
-
-
-def _seconds(value: str) -> float:
-    number = float(value)
-    if not 0 <= number < float("inf"):
-        raise ValueError
-    return number
-
-
-def _limit(value: str) -> float:
-    number = float(value)
-    if not 0 < number <= _LONGEST:
-        raise ValueError
-    return number
-
-
-def _milliseconds(value: str) -> float:
-    return _seconds(value) / 1000
-
-
-def _count(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-def _number(value: str) -> int:
-    number = int(value)
-    if number < 0:
-        raise ValueError
-    return number
-
-
-def _path(value: str) -> str:
-    if not value.startswith("/") or not value.isprintable() or " " in value or not value.isascii():
-        raise ValueError
-    return value
-
-
-def _flag(value: str) -> bool:
-    return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[value.lower()]
-
-
-def _codes(value: str) -> frozenset[int]:
-    codes = frozenset(int(part) for part in value.split(",") if part.strip())
-    if not all(1 <= code <= 255 for code in codes):
-        raise ValueError
-    return codes
-
-
-def _choice(*choices: str) -> Callable[[str], str]:
-    def parse(value: str) -> str:
-        if value not in choices:
-            raise ValueError
-        return value
-
-    parse.__doc__ = " or ".join(choices)
-    return parse
-
-
-def _visibility(value: str) -> int:
-    number = int(value)
-    if not 1 <= number <= 3600:
-        raise ValueError
-    return number
-
-
-def _records_of_bucket(value: str) -> str:
-    return f"s3://{value}/heeler/"
-
-
-def _webhook(value: str) -> str:
-    return check_webhook(value)
-
-
-_records_of_bucket.__doc__ = "a bucket's name"
-_webhook.__doc__ = "an http or https URL without a user"
-_visibility.__doc__ = "a whole number of seconds from 1 to 3600"
-_text.__doc__ = "a text"
-_seconds.__doc__ = "a number of seconds, 0 or more"
-_limit.__doc__ = f"a number of seconds above 0, up to {_LONGEST:g}"
-_milliseconds.__doc__ = "a number of milliseconds, 0 or more"
-_count.__doc__ = "a whole number, 1 or more"
-_number.__doc__ = "a whole number, 0 or more"
-_path.__doc__ = "a path that starts with /"
-_flag.__doc__ = "true or false"
-_codes.__doc__ = "exit codes from 1 to 255, separated by commas"
-
 Alias = tuple[str, Callable[[str], Any] | None]
 
 
@@ -158,7 +65,7 @@ def _default_state_dir() -> str:
 def _setting(
     default: Any,
     words: str,
-    parse: Callable[[str], Any] = _text,
+    parse: Callable[[str], Any] = kinds.text,
     *,
     aliases: tuple[str | Alias, ...] = (),
     secret: bool = False,
@@ -177,47 +84,55 @@ class Settings:
 
     source: str | None = _setting(None, "where jobs come from: sqs, salad, local:FOLDER or once")
     job: str | None = _setting(None, "the job document of the source once (JSON); for an app its message")
-    max_jobs: int | None = _setting(None, "end after so many jobs", _count)
-    exit_when_idle: float | None = _setting(None, "end after so many seconds without a job", _seconds)
-    when_done: str = _setting("exit", "what to do when the work is done: exit, or stay idle", _choice("exit", "idle"))
-    stop_grace: float = _setting(30.0, "from SIGTERM to our exit", _seconds)
-    retry_exit_codes: frozenset[int] = _setting(
-        frozenset({75}), "exit codes of a program that mean: again, not counted", _codes
+    max_jobs: int | None = _setting(None, "end after so many jobs", kinds.count)
+    exit_when_idle: float | None = _setting(None, "end after so many seconds without a job", kinds.seconds)
+    when_done: str = _setting(
+        "exit", "what to do when the work is done: exit, or stay idle", kinds.choice("exit", "idle")
     )
-    scrub_env: bool = _setting(False, "take all credentials out of the program's environment", _flag)
-    retry_delay: float = _setting(2.0, "rest before a failed job's second attempt; it doubles, up to 300", _seconds)
+    stop_grace: float = _setting(30.0, "from SIGTERM to our exit", kinds.seconds)
+    retry_exit_codes: frozenset[int] = _setting(
+        frozenset({75}), "exit codes of a program that mean: again, not counted", kinds.codes
+    )
+    scrub_env: bool = _setting(False, "take all credentials out of the program's environment", kinds.flag)
+    retry_delay: float = _setting(
+        2.0, "rest before a failed job's second attempt; it doubles, up to 300", kinds.seconds
+    )
     state_dir: str = _setting("", "folder for what has to outlive this process")
     control: str = _setting("127.0.0.1:8642", "loopback address of the control API, or off; port 0 takes a free one")
-    startup_timeout: float = _setting(60.0, "how long storage may be out of reach at the start", _seconds)
-    log_format: str = _setting("auto", "auto (text on a terminal), json or text", _choice("auto", "json", "text"))
+    startup_timeout: float = _setting(60.0, "how long storage may be out of reach at the start", kinds.seconds)
+    log_format: str = _setting("auto", "auto (text on a terminal), json or text", kinds.choice("auto", "json", "text"))
     log_level: str = _setting(
         "info",
         "the least that is logged: debug, info, warn or error",
-        _choice("debug", "info", "warn", "error"),
+        kinds.choice("debug", "info", "warn", "error"),
         aliases=("SALAD_LOG_LEVEL",),
     )
     delivery: str = _setting(
         "auto",
         "how jobs reach the program: app (a POST each) or command; auto is app with a program, --app-url or salad",
-        _choice("auto", "app", "command"),
+        kinds.choice("auto", "app", "command"),
     )
-    concurrency: int = _setting(1, "how many jobs at a time", _count)
+    concurrency: int = _setting(1, "how many jobs at a time", kinds.count)
     app_url: str | None = _setting(None, "where the app answers; the port that the program listens on if unset")
-    app_path: str = _setting("/", "the path to POST jobs to, where the queue names none", _path)
-    app_health_path: str | None = _setting(None, "a path that answers 2xx while the app can take a job", _path)
-    app_start_timeout: float = _setting(600.0, "how long a job that is there waits for the app to be ready", _seconds)
-    app_max_restarts: int = _setting(5, "end with the app's exit code after so many restarts without a job", _number)
-    app_silence: float = _setting(86400.0, "without a byte of an answer, before the app counts as hanging", _limit)
-    app_timeout: float = _setting(604800.0, "the longest that one job may take in the app", _limit)
-    app_answer_bytes: int = _setting(10 << 20, "the largest answer of the app, in bytes", _count)
+    app_path: str = _setting("/", "the path to POST jobs to, where the queue names none", kinds.path)
+    app_health_path: str | None = _setting(None, "a path that answers 2xx while the app can take a job", kinds.path)
+    app_start_timeout: float = _setting(
+        600.0, "how long a job that is there waits for the app to be ready", kinds.seconds
+    )
+    app_max_restarts: int = _setting(
+        5, "end with the app's exit code after so many restarts without a job", kinds.number
+    )
+    app_silence: float = _setting(86400.0, "without a byte of an answer, before the app counts as hanging", kinds.limit)
+    app_timeout: float = _setting(604800.0, "the longest that one job may take in the app", kinds.limit)
+    app_answer_bytes: int = _setting(10 << 20, "the largest answer of the app, in bytes", kinds.count)
     app_tries: int = _setting(
-        3, "so often a transient failure is tried here before a try of the queue is spent", _count
+        3, "so often a transient failure is tried here before a try of the queue is spent", kinds.count
     )
     salad_endpoint: str = _setting(
         "job-queue-worker-api.salad.com:443", "host:port of the Salad Job Queue", aliases=("SALAD_SERVICE_ENDPOINT",)
     )
-    salad_use_tls: bool = _setting(True, "talk TLS to it", _flag, aliases=("SALAD_SERVICE_USE_TLS",))
-    salad_silence: float = _setting(60.0, "without a heartbeat, before its stream counts as broken", _limit)
+    salad_use_tls: bool = _setting(True, "talk TLS to it", kinds.flag, aliases=("SALAD_SERVICE_USE_TLS",))
+    salad_silence: float = _setting(60.0, "without a heartbeat, before its stream counts as broken", kinds.limit)
     sqs_queue_url: str | None = _setting(None, "the queue of the source sqs", aliases=("SQS_QUEUE_URL",))
     sqs_dlq_url: str | None = _setting(
         None,
@@ -241,13 +156,15 @@ class Settings:
     sqs_session_token: str | None = _setting(
         None, "token of temporary credentials of the queue", aliases=("AWS_SESSION_TOKEN",), secret=True
     )
-    sqs_visibility: int = _setting(60, "seconds that a message is ours without an extension", _visibility)
+    sqs_visibility: int = _setting(60, "seconds that a message is ours without an extension", kinds.visibility)
     records: str | None = _setting(
         None,
         "s3://bucket/prefix/ where the status and result of each job of sqs are kept",
-        aliases=(("R2_BUCKET_NAME", _records_of_bucket),),
+        aliases=(("R2_BUCKET_NAME", kinds.records_of_bucket),),
     )
-    webhook: str | None = _setting(None, "URL that is told the end of jobs that name none (sqs with records)", _webhook)
+    webhook: str | None = _setting(
+        None, "URL that is told the end of jobs that name none (sqs with records)", kinds.webhook
+    )
     webhook_secret: str | None = _setting(
         None, "whsec_... of 24 to 64 bytes in base64: webhooks are signed with it", secret=True
     )
@@ -255,17 +172,17 @@ class Settings:
         "http://169.254.169.254:80", "the metadata service of SaladCloud's machines", aliases=("SALAD_METADATA_URI",)
     )
     max_job_failures: int | None = _setting(
-        None, "move to another machine after so many failures in a row", _count, aliases=("MAX_JOB_FAILURES",)
+        None, "move to another machine after so many failures in a row", kinds.count, aliases=("MAX_JOB_FAILURES",)
     )
-    check_disk: int | None = _setting(None, "bytes that must be free in the job's folders at the start", _count)
-    check_uplink: int | None = _setting(None, "bytes a second that must reach the bucket at the start", _count)
-    check_downlink: int | None = _setting(None, "bytes a second that must come from it at the start", _count)
+    check_disk: int | None = _setting(None, "bytes that must be free in the job's folders at the start", kinds.count)
+    check_uplink: int | None = _setting(None, "bytes a second that must reach the bucket at the start", kinds.count)
+    check_downlink: int | None = _setting(None, "bytes a second that must come from it at the start", kinds.count)
     check_bucket: str | None = _setting(None, "s3://bucket/prefix/ for these two checks; else that of checkpoints")
     check_command: str | None = _setting(None, "a command that exits with 0 on a fit machine, such as nvidia-smi")
     inputs: str | None = _setting(None, "s3://bucket/prefix/ downloaded before jobs that name no sync of their own")
     checkpoints: str | None = _setting(None, "s3://bucket/prefix/{job_id}/ restored before and kept during them")
     checkpoint_mode: str = _setting(
-        "snapshot", "how checkpoints are kept: snapshot or mirror", _choice("snapshot", "mirror")
+        "snapshot", "how checkpoints are kept: snapshot or mirror", kinds.choice("snapshot", "mirror")
     )
     checkpoint_ready: str | None = _setting(
         None, "glob of the file that the program writes last of each checkpoint (snapshot)"
@@ -277,28 +194,32 @@ class Settings:
     debounce: float = _setting(
         0.05,
         "quiet after which a closed file is uploaded",
-        _seconds,
-        aliases=(("FILE_WATCHER_DEBOUNCE_MS", _milliseconds),),
+        kinds.seconds,
+        aliases=(("FILE_WATCHER_DEBOUNCE_MS", kinds.milliseconds),),
     )
     open_wait: float = _setting(
         5.0,
         "quiet after which a file that stays open is uploaded",
-        _seconds,
-        aliases=(("FILE_WATCHER_STABILITY_CHECK_MS", _milliseconds),),
+        kinds.seconds,
+        aliases=(("FILE_WATCHER_STABILITY_CHECK_MS", kinds.milliseconds),),
     )
     max_wait: float = _setting(
         300.0,
         "warn of a file that has not settled for so long",
-        _seconds,
-        aliases=(("FILE_WATCHER_MAX_WAIT_MS", _milliseconds),),
+        kinds.seconds,
+        aliases=(("FILE_WATCHER_MAX_WAIT_MS", kinds.milliseconds),),
     )
     checkpoint_quiet: float = _setting(
-        2.0, "without a change, before a checkpoint without a ready file counts as complete", _seconds
+        2.0, "without a change, before a checkpoint without a ready file counts as complete", kinds.seconds
     )
-    commit_interval: float = _setting(15.0, "between two commits of such checkpoints", _seconds)
-    keep_generations: int = _setting(2, "how many generations of a checkpoint are kept", _count)
-    allow_unfenced: bool = _setting(False, "keep snapshots in storage that can't keep superseded workers out", _flag)
-    restore_patience: float = _setting(600.0, "without progress, before a restore is left to another worker", _seconds)
+    commit_interval: float = _setting(15.0, "between two commits of such checkpoints", kinds.seconds)
+    keep_generations: int = _setting(2, "how many generations of a checkpoint are kept", kinds.count)
+    allow_unfenced: bool = _setting(
+        False, "keep snapshots in storage that can't keep superseded workers out", kinds.flag
+    )
+    restore_patience: float = _setting(
+        600.0, "without progress, before a restore is left to another worker", kinds.seconds
+    )
     s3_endpoint: str | None = _setting(
         None,
         "URL of the storage; AWS if unset",
@@ -306,7 +227,7 @@ class Settings:
     )
     s3_region: str | None = _setting(None, "region to sign for", aliases=("AWS_REGION", "AWS_DEFAULT_REGION"))
     s3_provider: str | None = _setting(
-        None, "r2, aws, s3 or rclone; guessed from the endpoint", _choice("r2", "aws", "s3", "rclone")
+        None, "r2, aws, s3 or rclone; guessed from the endpoint", kinds.choice("r2", "aws", "s3", "rclone")
     )
     s3_access_key_id: str | None = _setting(
         None, "access key", aliases=("R2_AWS_ACCESS_KEY_ID", "AWS_ACCESS_KEY_ID"), secret=True
@@ -317,7 +238,7 @@ class Settings:
     s3_session_token: str | None = _setting(
         None, "token of temporary credentials", aliases=("AWS_SESSION_TOKEN",), secret=True
     )
-    s3_timeout: float = _setting(30.0, "without a byte, before a storage request counts as broken", _seconds)
+    s3_timeout: float = _setting(30.0, "without a byte, before a storage request counts as broken", kinds.seconds)
 
     @property
     def state_path(self) -> Path:
@@ -426,7 +347,12 @@ def _parsed(parse: Callable[[str], Any], value: str, where: str) -> Any:
     try:
         return parse(value)
     except (ValueError, KeyError):
-        raise UsageError(f"{where} is {value!r}, but must be {parse.__doc__}") from None
+        raise UsageError(f"{where} is {value!r}, but must be {_words(parse)}") from None
+
+
+def _words(parse: Callable[[str], Any]) -> str:
+    said = (parse.__doc__ or "").rstrip(".")
+    return said[:1].lower() + said[1:]
 
 
 def _as_text(value: object) -> str:
