@@ -87,7 +87,7 @@ class Processes:
             process.terminate()
         for process in reversed(self.running.values()):
             try:
-                process.wait(10)
+                process.wait(40)  # a worker's grace period is 30 s
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -145,7 +145,7 @@ def test_a_program_without_a_fence_is_ended_when_the_worker_hears_that_another_h
         with world.worker(name="b", machine="second", **SETTINGS, **records) as second:
             assert second.wait_for("job_received")["attempt"] == 2
             world.told("pid-2")
-            if records:
+            if records == NO_RECORDS:
                 assert alive(pid)
                 link.clear()
             # Else its job's record tells it, the queue still out of reach.
@@ -184,12 +184,9 @@ def test_a_job_that_ends_on_both_sides_of_the_cut_has_the_result_of_its_new_hold
 # Nobody else takes it.
 
 
-@WITH_AND_WITHOUT_RECORDS
-def test_a_worker_cut_off_that_no_other_replaces_gets_its_job_back_and_goes_on(
-    world: SqsWorld, records: dict[str, str]
-) -> None:
+def test_a_worker_cut_off_that_no_other_replaces_gets_its_job_back_and_goes_on(world: SqsWorld) -> None:
     world.submit(world.bash(WAITS), sync=world.outputs())
-    with cut_off(world, **records) as (link, worker):
+    with cut_off(world) as (link, worker):
         pid = world.told_pid("pid-1")
         link.set(partition=True)
         worker.wait_for("lease_lapsed")
@@ -202,7 +199,29 @@ def test_a_worker_cut_off_that_no_other_replaces_gets_its_job_back_and_goes_on(
         worker.wait_for("job_settled", outcome="done")
     assert world.told("runs") == "1\n"
     assert world.versions("out/who") == [b"by 1\n"]
-    check_once(world, records, attempts=1)
+    check_once(world, {}, attempts=1)
+
+
+def test_without_records_such_a_job_is_worked_on_while_the_queue_is_out_of_reach_and_done_again_after(
+    world: SqsWorld,
+) -> None:
+    """Looking for its message would spend receives of others, which count as failures there."""
+    world.submit(world.bash(WAITS), sync=world.outputs())
+    with cut_off(world, **NO_RECORDS) as (link, worker):
+        pid = world.told_pid("pid-1")
+        link.set(partition=True)
+        worker.wait_for("lease_lapsed")
+        eventually(lambda: world.message()["hidden"] <= 0, "the message is visible again")
+        worker.wait_for("heartbeat_failed", count=len(worker.find("heartbeat_failed")) + 2)
+        assert alive(pid)
+        link.clear()
+        worker.wait_for("job_settled", outcome="lost", timeout=10)
+        assert not alive(pid)
+        world.told("pid-2")
+        world.tell("finish")
+        worker.wait_for("job_settled", outcome="done")
+    assert world.versions("out/who") == [b"by 2\n"]
+    check_once(world, NO_RECORDS, attempts=2)
 
 
 @WITH_AND_WITHOUT_RECORDS

@@ -177,5 +177,8 @@ class ModelCalls:
             found["RedrivePolicy"] = json.dumps(policy)
         return {name: value for name, value in found.items() if name in names}
 
+    async def reach(self) -> None:
+        await self._call("attributes")
+
     async def url_of(self, arn: str) -> str:
         return f"http://queue/{arn.rpartition(':')[2]}"

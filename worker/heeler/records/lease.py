@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import anyio
@@ -29,6 +30,8 @@ _PART_OF_LEASE = 6
 _LAST_WORD_SECONDS = 0.6
 """The most that a release waits for the bucket: to be handed back at once matters more, and a drain's last words have a
 second in all."""
+_LATE_WORD_SECONDS = 3.0
+"""And after that, if there is time."""
 _JOB_ID = "{job_id}"
 
 
@@ -194,13 +197,22 @@ class RecordedLease:
             return
         if self._lease.facts.last:
             reason = f"{reason}; the queue's redrive policy moves it to the dead-letter queue now".lstrip("; ")
-        if not counted:
-            with anyio.move_on_after(_LAST_WORD_SECONDS):
-                try:
-                    await self._write(lambda record: record.released(self._now(), reason, fruitless=fruitless))
-                except SourceUnavailableError as error:
-                    self._context.on_fault("record_not_written", error=str(error))
+        written = counted or await self._note_release(reason, _LAST_WORD_SECONDS, fruitless=fruitless)
         await self._lease.release(reason, delay=delay)
+        if not written:
+            with suppress(LeaseLostError):  # whoever has it by now counts an interruption
+                await self._note_release(reason, _LATE_WORD_SECONDS, fruitless=fruitless)
+
+    async def _note_release(self, reason: str, seconds: float, *, fruitless: bool) -> bool:
+        """Whether the record says so, within so many seconds."""
+        with anyio.move_on_after(seconds):
+            try:
+                await self._write(lambda record: record.released(self._now(), reason, fruitless=fruitless))
+            except SourceUnavailableError as error:
+                self._context.on_fault("record_not_written", error=str(error))
+            else:
+                return True
+        return False
 
     async def withdraw(self) -> None:
         """As `Lease.withdraw`."""

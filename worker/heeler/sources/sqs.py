@@ -62,6 +62,7 @@ class SqsSource:
             Batcher(self._handles.noting(calls.hide)),
             Batcher(calls.delete, together),
             dead,
+            calls.reach,
             self._seek if settings.records is not None else None,
             self._handles.keep,
             self._handles.drop,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,6 +165,11 @@ class SqsCalls:
         answer = await self._call("get_queue_attributes", QueueUrl=self.address.url, AttributeNames=[*names])
         found: dict[str, str] = answer.get("Attributes", {})
         return found
+
+    async def reach(self) -> None:
+        """Return if SQS answers, whatever it says: for whom a receive that is answered too late would do harm."""
+        with suppress(RefusedError):
+            await self.attributes("QueueArn")
 
     async def url_of(self, arn: str) -> str:
         """`GetQueueUrl` of an ARN (arn:aws:sqs:REGION:ACCOUNT:NAME)."""

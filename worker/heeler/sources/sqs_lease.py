@@ -43,6 +43,7 @@ class Queue:
         hides: Changes of visibility.
         deletes: Deletions.
         dead: Where messages go that failed for good.
+        reach: Returns if SQS answers.
         seek: Receives a message of that id again, if it is visible; None where each receive counts as a failure.
         keep: Called with the handle of a message that is ours again, and for how many seconds.
         forget: Called with a handle before its message is settled: from then on another worker may have it.
@@ -55,6 +56,7 @@ class Queue:
     hides: Batcher
     deletes: Batcher
     dead: DeadLetters
+    reach: Callable[[], Awaitable[None]]
     seek: Callable[[str], Awaitable[Message | None]] | None
     keep: Callable[[str, float], None]
     forget: Callable[[str], None]
@@ -191,6 +193,7 @@ class SqsLease:
         """
         # With a redrive policy each receive is one of few, of the other messages too.
         if self._queue.seek is None or self._queue.dead.receives is not None:
+            await self._queue.reach()  # while SQS is out of reach, nobody says that another has it
             self._lost = True
             return LeaseState.LOST
         found = await self._queue.seek(self._message.id)

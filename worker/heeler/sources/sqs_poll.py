@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 
 from heeler.sources.base import SourceUnavailableError
-from heeler.sources.sqs_calls import ENTRIES, Change, RefusedError, SqsCalls
+from heeler.sources.sqs_calls import ENTRIES, Change, SqsCalls
 from heeler.sources.sqs_message import Message
 
 POLL_SECONDS = 20
@@ -137,8 +136,7 @@ class Poller:
             SourceUnavailableError: The queue is out of reach.
         """
         # A receive that only gets through when its sender has given up would hide the message from everybody.
-        with suppress(RefusedError):
-            await self._calls.attributes("QueueArn")
+        await self._calls.reach()
         sought = None
         with anyio.CancelScope(shield=True):
             found = self._messages(await self._calls.receive(self._at_once, 1, self._visibility))
