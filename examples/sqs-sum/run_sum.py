@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,7 +46,8 @@ class Processes:
 
     def start(self, name: str, command: Sequence[str], **more: Any) -> None:
         """Start one; what it prints is its log."""
-        with self.log(name).open("ab") as log:
+        # A signal between a program's start and our knowing of it would leave it running.
+        with self.log(name).open("ab") as log, signals_wait():
             self.running[name] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, **more
             )
@@ -223,6 +224,20 @@ def report(stage: Stage, ids: Sequence[str]) -> int:
     right = LAST * (LAST + 1) * (2 * LAST + 1) // 6
     say(f"total {total}, by the formula {right}: {'the same' if total == right else 'WRONG'}")
     return 0 if total == right else 1
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """A signal that comes during the block ends us after it."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in END_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        leave(came[0], None)
 
 
 def leave(number: int, _frame: FrameType | None) -> None:

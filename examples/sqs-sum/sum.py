@@ -80,6 +80,11 @@ def saved(path: Path, first: int, last: int) -> tuple[int, int]:
     return at, total
 
 
+def say(line: str) -> None:
+    """Print a line in one piece, beside what other jobs print."""
+    print(f"{line}\n", end="", flush=True)
+
+
 def main() -> None:
     """Do it."""
     parser = Parser(description="Add up the squares of 1 to LAST.")
@@ -92,7 +97,7 @@ def main() -> None:
     first, last = part_of(asked.last, asked.parts)
     checkpoint = Path(os.environ.get("CHECKPOINT_DIR", "checkpoint")) / "state.json"
     at, total = saved(checkpoint, first, last)
-    print(f"{first} to {last}: {'starting' if at == first else f'going on at {at}'}", flush=True)
+    say(f"{first} to {last}: {'starting' if at == first else f'going on at {at}'}")
     while at <= last:
         end = min(at + asked.step, last + 1)
         total += sum(number * number for number in range(at, end))
@@ -100,7 +105,7 @@ def main() -> None:
         at = end
         write(checkpoint, {"first": first, "last": last, "next": at, "sum": total})
     write(Path(os.environ.get("OUTPUT_DIR", "output")) / "sum.json", {"first": first, "last": last, "sum": total})
-    print(f"{first} to {last}: {total}", flush=True)
+    say(f"{first} to {last}: {total}")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ async def crew(world: SourceWorld, anyio_backend: object) -> AsyncIterator[Crew]
         await crew.stop_all()
 
 
-async def take(source: Source, wait: float = 1.0) -> Lease:
+async def take(source: Source, wait: float = 10.0) -> Lease:
     with anyio.fail_after(60):
         lease = await source.receive(wait=wait)
     assert lease is not None
