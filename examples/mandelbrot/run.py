@@ -12,7 +12,6 @@ import argparse
 import base64
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -24,8 +23,8 @@ import tempfile
 import time
 import urllib.request
 import zlib
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from decimal import Decimal
 from pathlib import Path
 from types import FrameType
@@ -52,7 +51,8 @@ class Processes:
 
     def start(self, name: str, command: Sequence[str], **more: Any) -> None:
         """Start one; what it prints is added to its log."""
-        with self.log(name).open("ab") as log:
+        # A signal between a program's start and our knowing of it would leave it running.
+        with self.log(name).open("ab") as log, signals_wait():
             self._running[name] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, **more
             )
@@ -60,6 +60,10 @@ class Processes:
     def log(self, name: str) -> Path:
         """What one has printed."""
         return self._folder / f"{name}.log"
+
+    def signal(self, name: str, number: int) -> None:
+        """Send one a signal."""
+        self._running[name].send_signal(number)
 
     def kill(self, name: str) -> None:
         """SIGKILL: it can do nothing about it."""
@@ -152,11 +156,18 @@ class Stage:
         """SIGKILL to the worker of a machine; its app goes with it."""
         self._processes.kill(f"machine-{number}")
 
-    def last_job(self, number: int) -> str | None:
-        """The job that a machine was given last; the queue prints what happens to jobs."""
-        said = self._processes.log("queue").read_text(encoding="utf-8")
-        started = re.findall(rf"job (\S+) started on machine-{number},", said)
-        return started[-1] if started else None
+    def halt_worker(self, number: int, *, on: bool) -> None:
+        """The worker of a machine stands still, or goes on."""
+        self._processes.signal(f"machine-{number}", signal.SIGSTOP if on else signal.SIGCONT)
+
+    def rendering(self, number: int) -> str | None:
+        """The job that the app of a machine has now; the log of its worker tells."""
+        job = None
+        for line in self._processes.log(f"machine-{number}").read_text(encoding="utf-8").splitlines():
+            if '"event": "phase"' in line and line.endswith("}"):
+                said = json.loads(line)
+                job = said["job_id"] if said["phase"] == "run" else None
+        return job
 
     def check(self) -> None:
         """End with an error if something of it has ended."""
@@ -177,17 +188,20 @@ class Killer:
 
     def look(self) -> None:
         """Kill it if it has been at its tile for a while."""
-        job = self._stage.last_job(1)
+        job = self._stage.rendering(1)
         if job != self._job:
             self._job, self._since = job, time.monotonic()
-        if job is None or time.monotonic() < self._since + KILL_SECONDS or self._status(job) in ENDED:
+        if job is None or time.monotonic() < self._since + KILL_SECONDS:
+            return
+        self._stage.halt_worker(1, on=True)  # else it may be done, and given another, just before it is killed
+        if self._status(job) in ENDED:
+            self._stage.halt_worker(1, on=False)
             return
         self._stage.kill_worker(1)
-        if self._status(job) not in ENDED:  # else it was done in the last moment, and it is killed in another
-            self.victim = job
-            say(f"--- the worker of machine-1 is killed (SIGKILL) in tile {self._tiles[job]}")
-            time.sleep(AWAY_SECONDS)
-            say("--- it is started again")
+        self.victim = job
+        say(f"--- the worker of machine-1 is killed (SIGKILL) in tile {self._tiles[job]}")
+        time.sleep(AWAY_SECONDS)
+        say("--- it is started again")
         self._stage.start_worker(1)
 
     def _status(self, job: str) -> str:
@@ -295,6 +309,20 @@ def render(stage: Stage, asked: argparse.Namespace) -> Picture:
     if killer is not None and killer.victim is None:
         sys.exit("no tile took long enough to kill a worker in: raise --iterations")
     return picture
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """A signal that comes during the block ends us after it."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in END_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        leave(came[0], None)
 
 
 def leave(number: int, _frame: FrameType | None) -> None:

@@ -24,14 +24,16 @@ def test_sigterm_during_a_large_upload_tells_the_program_finishes_the_upload_and
         "test $HEELER_ATTEMPT = 1 || { touch $W/second; exit 0; }\n"
         "trap 'touch $W/told; exit 0' TERM\n"
         "sleep 1000 & echo $! > $W/child\n"
+        "while ! test -e $W/go; do sleep 0.01; done\n"
         f"head -c {size} /dev/urandom > $W/big; cp $W/big $CHECKPOINT_DIR/big; wait"
     )
     world.submit(program, sync=world.checkpoints())
     with world.worker(HEELER_STOP_GRACE="20") as first:
-        eventually(lambda: world.storage.stats.bytes_in > MIB, "the upload is under way")
         pids = [world.told_pid(), world.told_pid("child")]
         with world.worker(name="b") as second:
             second.wait_for("phase", phase="receive")
+            (world.folder / "go").touch()
+            eventually(lambda: world.storage.stats.bytes_in > MIB, "the upload is under way")
             assert world.stored("ck/big") is None
             asked = time.monotonic()
             first.signal(signal.SIGTERM)
