@@ -74,17 +74,19 @@ async def in_place(wanted: Wanted, root: Path) -> Stored | None:
         return None
     info = await wanted.store.head(wanted.info.key)
     expected = info.metadata.get(DIGEST_KEY)
-    if expected is None or info.size != wanted.info.size:
+    if expected is None or (wanted.info.exact and info.size != wanted.info.size):
+        return None
+    if not wanted.info.exact and not await in_thread(_may_be_in_place, root, replace(wanted, info=info)):
         return None
     found = await in_thread(digest_file, root, wanted.relative)
     return replace(found, etag=info.etag) if found.digest == expected else None
 
 
 def _may_be_in_place(root: Path, wanted: Wanted) -> bool:
-    """Whether a real file of that size is there, not reached through a symbolic link. Blocks."""
+    """Whether a real file of that size, if it is known, is there, not reached through a symbolic link. Blocks."""
     path = root / wanted.relative
     direct = os.path.realpath(path) == os.path.join(os.path.realpath(root), wanted.relative)  # noqa: PTH118
-    return direct and path.is_file() and path.stat().st_size == wanted.info.size
+    return direct and path.is_file() and (not wanted.info.exact or path.stat().st_size == wanted.info.size)
 
 
 async def fetch(wanted: Wanted, root: Path, policy: RetryPolicy) -> Stored | None:
@@ -95,12 +97,15 @@ async def fetch(wanted: Wanted, root: Path, policy: RetryPolicy) -> Stored | Non
         DamagedObjectError: Its bytes are not what its digest says, several times over.
         LocalFileError: The file can't be written.
     """
+    reason = "never as stored"
     for _ in range(_DAMAGED_TRIES):
         partial = _Partial(root, wanted)
         try:
             info = await partial.fill(policy)
             if partial.verified(info):
                 return replace(await in_thread(partial.move_into_place), etag=info.etag)
+        except DamagedObjectError as error:
+            reason = error.detail
         except ObjectNotFoundError:
             # obstore lists a folder marker "a/" as "a" of no bytes; there is no such object to get.
             if wanted.info.size == 0:
@@ -111,7 +116,7 @@ async def fetch(wanted: Wanted, root: Path, policy: RetryPolicy) -> Stored | Non
             raise LocalFileError(str(root / wanted.relative), f"cannot be written: {error.strerror}") from None
         finally:
             partial.discard()
-    raise DamagedObjectError(wanted.store.bucket, wanted.info.key, f"read {_DAMAGED_TRIES} times, never as stored")
+    raise DamagedObjectError(wanted.store.bucket, wanted.info.key, f"read {_DAMAGED_TRIES} times, {reason}")
 
 
 class _Partial:
@@ -162,7 +167,7 @@ class _Partial:
 
     async def _attempt(self, file: BinaryIO) -> ObjectInfo:
         store, key = self._wanted.store, self._wanted.info.key
-        if self._taken and self._taken == self._wanted.info.size:
+        if self._taken and self._wanted.info.exact and self._taken == self._wanted.info.size:
             return await store.head(key)  # cut after the last byte: nothing is left to ask for by range
         if self._taken and not store.provider.ranges:
             raise RangeNotSupportedError("GetObject", store.bucket, key, "cut, and the provider has no ranges")

@@ -85,6 +85,7 @@ class DamagedObjectError(SyncError):
     def __init__(self, bucket: str, key: str, detail: str) -> None:
         self.bucket = bucket
         self.key = key
+        self.detail = detail
         super().__init__(f"s3://{bucket}/{key} is damaged: {detail}")
 
 

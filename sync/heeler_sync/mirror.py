@@ -123,6 +123,11 @@ class Mirror:
         self._sender.over.set()
         self._news.set()
 
+    def leave(self) -> None:
+        """As `end`, but all that is not on its way already is for somebody else to send."""
+        self._frozen_at = -math.inf
+        self.end(Capture(whole=False))
+
     async def run(self) -> None:
         """Mirror until `end` was called and what it allows is durable, or refused for good (`refusal`)."""
         try:

@@ -34,6 +34,9 @@ class SyncFolder:
         pattern: Only files whose relative path it matches somewhere (`re.search`); None takes all.
         snapshot: Whether its files are kept as generations, and not under their own names.
         ready: Of a snapshot: a glob (`fnmatch`) of the file that the program writes last.
+        deletes: Of a mirror: whether the objects of files that go are deleted.
+        gzip: Whether the objects are gzipped and named `<key>.gz`; of a snapshot: those that it takes over when there
+            is no generation yet.
     """
 
     location: Location
@@ -41,6 +44,8 @@ class SyncFolder:
     pattern: re.Pattern[str] | None = None
     snapshot: bool = False
     ready: str | None = None
+    deletes: bool = True
+    gzip: bool = False
 
     def include(self, relative: str) -> bool:
         """Whether a file belongs to it."""
@@ -69,11 +74,12 @@ class Restore:
 
     def __init__(
         self,
-        stores: Callable[[str], ObjectStore],
+        stores: Callable[[SyncFolder], ObjectStore],
         policy: RetryPolicy,
         progress: Progress,
         on_event: EventSink,
     ) -> None:
+        """Args: `stores` gives the store of a folder's files."""
         self._stores = stores
         self._policy = policy
         self._progress = progress
@@ -92,7 +98,7 @@ class Restore:
         """
         wanted: dict[Path, dict[str, Wanted]] = {root: {} for root in roots}
         for source in sources:
-            found = await list_wanted(self._stores(source.location.bucket), source.location, source.include)
+            found = await list_wanted(self._stores(source), source.location, source.include)
             wanted[source.path].update({item.relative: item for item in found})
         for root in sorted(wanted, key=lambda path: len(path.parts)):
             nested = [other for other in {*wanted, *others} if other != root and other.is_relative_to(root)]

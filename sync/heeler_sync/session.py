@@ -16,89 +16,34 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anyio
 
-from heeler_sync.aside import locked_folder, remove_stored
+from heeler_sync.apart import move_apart, remove_apart, unnoted
+from heeler_sync.aside import locked_folder, move_aside, remove_stored
+from heeler_sync.errors import FolderBusyError, LocalFileError
 from heeler_sync.events import EventSink
 from heeler_sync.groups import background
 from heeler_sync.mirror import Capture, Mirror
+from heeler_sync.plan import Plan, SnapshotSettings, Unsent
 from heeler_sync.progress import Progress
 from heeler_sync.restore import Restore, Restored, SyncFolder
 from heeler_sync.sender import MirrorContext, Permit
 from heeler_sync.settle import SettleTimes
-from heeler_sync.snapshot.committer import SnapshotContext, SnapshotTimes
+from heeler_sync.snapshot.committer import SnapshotContext
 from heeler_sync.snapshot.head import Kept
-from heeler_sync.snapshot.holder import Claim
-from heeler_sync.snapshot.index import FileIndex, MemoryIndex
 from heeler_sync.snapshot.session import Fences, SnapshotRules, Snapshots
-from heeler_sync.snapshot.uploads import NoUploads, Uploads
 from heeler_sync.store.base import ObjectStore
+from heeler_sync.store.gzip import GzipStore
 from heeler_sync.store.retry import RetryingStore, RetryPolicy
 from heeler_sync.threads import in_thread
 from heeler_sync.tree import Stamp
+from heeler_sync.upload import Stored
 
 __all__ = ["Capture", "Plan", "Session", "SnapshotSettings", "SyncFolder", "Unsent"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The folders of one job.
-
-    Attributes:
-        before: Downloaded by `restore`.
-        during: Mirrored while `watching`.
-        after: Uploaded by `publish`.
-    """
-
-    before: tuple[SyncFolder, ...] = ()
-    during: tuple[SyncFolder, ...] = ()
-    after: tuple[SyncFolder, ...] = ()
-
-    def roots(self) -> list[Path]:
-        """All local folders, each once."""
-        return list(dict.fromkeys(folder.path for folder in (*self.before, *self.during, *self.after)))
-
-
-@dataclass(frozen=True)
-class Unsent:
-    """What would be lost if the machine vanished now.
-
-    Attributes:
-        files: How many files have a state that is not durable.
-        bytes: Their size.
-        oldest: Seconds since the oldest of these changes was seen; 0 if there is none.
-    """
-
-    files: int
-    bytes: int
-    oldest: float
-
-
-@dataclass(frozen=True)
-class SnapshotSettings:
-    """What snapshot folders need.
-
-    Attributes:
-        claim: Who holds their prefixes.
-        fences: Knows which stores enforce conditions; shared by all sessions of a process.
-        times: When to commit.
-        keep: How many generations are kept.
-        index: Keeps what was read of files.
-        spool: A folder of our own for what waits for the uplink.
-        uploads: The journal of what commits under way have uploaded.
-    """
-
-    claim: Claim = field(default_factory=Claim)
-    fences: Fences | None = None
-    times: SnapshotTimes = field(default_factory=SnapshotTimes)
-    keep: int = 2
-    index: FileIndex = field(default_factory=MemoryIndex)
-    spool: Path | None = None
-    uploads: Uploads = field(default_factory=NoUploads)
 
 
 class Session:
@@ -133,6 +78,7 @@ class Session:
         self._context = MirrorContext(times or SettleTimes(), permit, on_event, self.progress)
         self._restored = Restored()
         self._mirrors: list[Mirror] = []
+        self._kept: list[tuple[SyncFolder, Mirror]] = []
         chosen = snapshots or SnapshotSettings()
         self._snapshots = Snapshots(
             [folder for folder in (*plan.during, *plan.after) if folder.snapshot],
@@ -142,6 +88,7 @@ class Session:
             self._policy,
         )
         self._locks = ExitStack()
+        self._apart: dict[Path, Path] = {}
 
     async def restore(self) -> None:
         """Make every folder of the plan equal to what `before` names; other files are moved aside.
@@ -153,7 +100,7 @@ class Session:
         for root in self._plan.roots():
             self._locks.enter_context(await in_thread(locked_folder, root))
         await self._snapshots.acquire()
-        restore = Restore(self._retrying_store, self._policy, self.progress, self._on_event)
+        restore = Restore(self._retrying_store_of, self._policy, self.progress, self._on_event)
         snapshots = [folder for folder in self._plan.before if folder.snapshot]
         roots, own = self._plan.roots(), {folder.path for folder in snapshots}
         mirrors = [folder for folder in self._plan.before if not folder.snapshot]
@@ -161,6 +108,8 @@ class Session:
         for folder in sorted(snapshots, key=lambda folder: len(folder.path.parts)):
             nested = [root for root in roots if root != folder.path and root.is_relative_to(folder.path)]
             await self._snapshots.restore(folder, restore, nested)
+        for spare in self._plan.spare:
+            await in_thread(self._empty, spare, roots)
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
@@ -169,7 +118,12 @@ class Session:
         Raises:
             FencedError: Another worker has the job.
         """
-        self._mirrors = [self._mirror(folder, deletes=True) for folder in self._plan.during if not folder.snapshot]
+        self._kept = [
+            (folder, self._mirror(folder, folder.path, self._restored.known(folder), deletes=folder.deletes))
+            for folder in self._plan.during
+            if not folder.snapshot
+        ]
+        self._mirrors = [mirror for _, mirror in self._kept]
         snapshots = self._snapshots.start([folder for folder in self._plan.during if folder.snapshot])
         async with background(*(mirror.run for mirror in self._mirrors), *snapshots, *self._snapshots.sweeps()):
             yield
@@ -192,13 +146,17 @@ class Session:
     async def flush(self, capture: Capture, *, result: Mapping[str, Any] | None = None) -> None:
         """Inside `watching`, after the program ended: make durable what `capture` allows of `during`.
 
-        With a `result` the job is done; where it owes nothing in `after`, its head says so by the same write.
+        With a `result` the job is done; where it owes nothing in `after`, its head says so by the same write. What
+        `publish` is to send anyway is left to it then.
 
         Raises:
             SyncError: Something was refused for good.
         """
-        for mirror in self._mirrors:
-            mirror.end(capture)
+        for folder, mirror in self._kept:
+            if result is not None and self._is_published(folder):
+                mirror.leave()
+            else:
+                mirror.end(capture)
         if result is not None and not self._plan.after:
             for mirror in self._mirrors:
                 await mirror.finished.wait()
@@ -209,13 +167,40 @@ class Session:
             await self._snapshots.finish(whole=capture.whole)
         await self._finish(self._mirrors)
 
+    @property
+    def apart(self) -> list[Path]:
+        """Where `set_apart` moved what `publish` owes."""
+        return [*self._apart.values()]
+
+    async def set_apart(self, name: str, note: Callable[[list[Path]], None] = unnoted) -> bool:
+        """After `flush`: let others use the folders, though `publish` is still to come.
+
+        What it owes is moved beside them; what is in storage already is removed from them.
+
+        Args:
+            name: Of this set of folders, such as the job's.
+            note: Told, in a thread, where it will be before anything is moved there.
+
+        Returns:
+            Whether that could be done. Else all is as it was.
+        """
+        if not self._plan.after or any(folder.snapshot for folder in self._plan.after):
+            return False
+        moved = await in_thread(move_apart, dict.fromkeys(folder.path for folder in self._plan.after), name, note)
+        if moved is None:
+            return False
+        self._apart = moved
+        await self._remove_stored()
+        self._locks.close()
+        return True
+
     async def publish(self) -> None:
         """Upload the `after` folders as they are.
 
         Raises:
             SyncError: Something was refused for good.
         """
-        mirrors = [self._mirror(folder, deletes=False) for folder in self._plan.after if not folder.snapshot]
+        mirrors = [self._last_mirror(folder) for folder in self._plan.after if not folder.snapshot]
         snapshots = self._snapshots.start([folder for folder in self._plan.after if folder.snapshot])
         self._mirrors.extend(mirrors)
         for mirror in mirrors:
@@ -234,6 +219,12 @@ class Session:
 
     async def discard(self) -> None:
         """Remove from disk what is in storage unchanged, and folders that are empty then; all else stays."""
+        if self._apart:
+            await in_thread(remove_apart, self.apart)
+        else:
+            await self._remove_stored()
+
+    async def _remove_stored(self) -> None:
         kept: dict[Path, dict[str, Stamp]] = {}
         for folder in self._plan.before:
             found = self._restored.known(folder)
@@ -259,13 +250,40 @@ class Session:
             if mirror.refusal is not None:
                 raise mirror.refusal
 
-    def _mirror(self, folder: SyncFolder, *, deletes: bool) -> Mirror:
-        store, known = self._stores(folder.location.bucket), self._restored.known(folder)
-        return Mirror(store, folder.location, folder.path, folder.include, self._context, known, deletes=deletes)
+    def _is_published(self, folder: SyncFolder) -> bool:
+        """Whether `publish` sends all that a folder of `during` still owes."""
+        after = (replace(each, deletes=folder.deletes) for each in self._plan.after)
+        return not folder.deletes and folder in after
+
+    def _last_mirror(self, folder: SyncFolder) -> Mirror:
+        """Of a folder that is published: what `during` has stored of it already is not sent again."""
+        known = dict(self._restored.known(folder))
+        for entry, mirror in self._kept:
+            if (entry.location, entry.path) == (folder.location, folder.path):
+                known |= mirror.stored
+        path = self._apart.get(folder.path, folder.path)
+        return self._mirror(folder, path, known, deletes=False)
+
+    def _empty(self, spare: Path, roots: list[Path]) -> None:
+        if any(spare.is_relative_to(root) for root in roots):
+            return  # a restore saw to it
+        try:
+            with locked_folder(spare):
+                move_aside(spare, (), [root for root in roots if root.is_relative_to(spare)])
+        except (FolderBusyError, LocalFileError) as error:
+            self._on_event("folder_not_emptied", {"folder": str(spare), "error": str(error)})
+
+    def _mirror(self, folder: SyncFolder, path: Path, known: dict[str, Stored], *, deletes: bool) -> Mirror:
+        store = self._store_of(folder)
+        return Mirror(store, folder.location, path, folder.include, self._context, known, deletes=deletes)
+
+    def unsent_files(self) -> set[Path]:
+        """The files that are mirrored and have a state that is not durable yet."""
+        return set[Path]().union(*(mirror.unsent() for mirror in self._mirrors))
 
     async def unsent(self) -> Unsent:
         """What is not durable yet."""
-        paths = set().union(*(mirror.unsent() for mirror in self._mirrors))
+        paths = self.unsent_files()
         for snapshot in self._snapshots.running:
             paths |= await snapshot.unsent()
         size = await in_thread(_total_size, paths)
@@ -280,8 +298,13 @@ class Session:
         largest.extend(snapshot.largest() for snapshot in self._snapshots.running)
         return max(largest, default=0)
 
-    def _retrying_store(self, bucket: str) -> ObjectStore:
-        return RetryingStore(self._stores(bucket), self._policy)
+    def _store_of(self, folder: SyncFolder) -> ObjectStore:
+        """Where the files of a folder are under their own names."""
+        store = self._stores(folder.location.bucket)
+        return GzipStore(store) if folder.gzip else store
+
+    def _retrying_store_of(self, folder: SyncFolder) -> ObjectStore:
+        return RetryingStore(self._store_of(folder), self._policy)
 
     def _report_retry(self, error: Exception, delay: float) -> None:
         self._on_event("storage_retried", {"error": str(error), "retry_in": round(delay, 3)})

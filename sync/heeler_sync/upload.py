@@ -58,7 +58,7 @@ class _HashingReader:
         self._expected = expected
         self._part_bytes = part_bytes
         self._permitted = permitted
-        self._left = expected.stamp.size
+        self._left = self.size = expected.stamp.size
         self._whole = blake3()
         self._parts = b""
         self._count = 0

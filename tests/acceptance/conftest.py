@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.acceptance.kelpie_world import KelpieWorld
 from tests.acceptance.world import BUCKET, World
+from tests.support.kelpie_server import KelpieServer
 from tests.support.s3 import Rules, S3Server
 
 
@@ -26,3 +28,14 @@ def world(tmp_path: Path, storage: S3Server) -> Iterator[World]:
         yield made
     finally:
         made.close()
+
+
+@pytest.fixture
+def kelpie(tmp_path: Path, storage: S3Server) -> Iterator[KelpieWorld]:
+    """A world whose queue is Kelpie's API."""
+    with KelpieServer() as server:
+        made = KelpieWorld(tmp_path, storage, server)
+        try:
+            yield made
+        finally:
+            made.close()

@@ -41,7 +41,8 @@ def run(world: World, *arguments: str, **environment: str) -> Said:
     [
         ([], "no source of jobs"),
         (["--source", "nonsense"], "unknown source 'nonsense'"),
-        (["--source", "kelpie"], "not supported by this version"),
+        (["--source", "kelpie"], "set KELPIE_API_KEY"),
+        (["--source", "kelpie:http://127.0.0.1:9"], "--kelpie-url"),
         (["--source", "sqs"], "set SQS_QUEUE_URL"),
         (["--source", "local:"], "needs a folder"),
         (["--source", "once"], "needs its job"),

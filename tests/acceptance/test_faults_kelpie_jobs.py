@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,13 +48,12 @@ def test_a_checkpoint_written_right_before_the_exit_is_never_lost(world: World) 
 # 13: "three empty jobs took 46 s at an interval of 15 s".
 
 
-def test_three_empty_jobs_take_less_than_3_s_at_a_heartbeat_of_15_s(world: World) -> None:
+def test_empty_jobs_wait_for_no_heartbeat(world: World) -> None:
+    """How long they take is measured in bench/empty_jobs.py: here nobody could wait for a heartbeat, once an hour."""
     for number in range(3):
-        world.submit(["true"], f"empty-{number}", heartbeat_interval=15, sync=world.checkpoints())
-    started = time.monotonic()
+        world.submit(["true"], f"empty-{number}", heartbeat_interval=3600, sync=world.checkpoints())
     with world.worker("--max-jobs", "3") as worker:
         assert worker.wait() == 0
-    assert time.monotonic() - started < 3
     assert [world.job(f"empty-{number}").state for number in range(3)] == ["done"] * 3
 
 

@@ -127,8 +127,26 @@ def work_off(env: dict[str, str]) -> messages.Job:
         return job
 
 
-def test_what_it_prints_is_all_that_storage_queue_and_metadata_need(tmp_path: Path) -> None:
-    base = free_ports(5)
+def work_off_kelpie(env: dict[str, str]) -> str:
+    """Submit a job by the API key, and take, fail and complete it by the machine's token; its id."""
+    project = {"Salad-Project": env["SALAD_PROJECT_NAME"]}
+    by_key = {**project, "Salad-Api-Key": env["SALAD_API_KEY"], "Salad-Organization": env["SALAD_ORGANIZATION_NAME"]}
+    uri = env["SALAD_METADATA_URI"]
+    token = httpx.get(f"{uri}/v1/token", headers={"Metadata": "true"}, trust_env=False).json()["jwt"]
+    by_token = {**project, "Authorization": f"Bearer {token}"}
+    worker = {"machine_id": env["SALAD_MACHINE_ID"], "container_group_id": env["SALAD_CONTAINER_GROUP_ID"]}
+    with httpx.Client(base_url=env["KELPIE_API_URL"], trust_env=False) as http:
+        document = {"command": "true", "container_group_id": env["SALAD_CONTAINER_GROUP_ID"]}
+        job_id = http.post("/jobs", json=document, headers=by_key).json()["id"]
+        assert [job["id"] for job in http.get("/work", params=worker, headers=by_token).json()] == [job_id]
+        for what in ("failed", "completed"):
+            assert http.post(f"/jobs/{job_id}/{what}", json=worker, headers=by_token).is_success
+        assert http.get(f"/jobs/{job_id}", headers=by_key).json()["status"] == "completed"
+    return str(job_id)
+
+
+def test_what_it_prints_is_all_that_storage_queues_and_metadata_need(tmp_path: Path) -> None:
+    base = free_ports(6)
     arguments = ["--port-base", str(base), "--machines", "2", "--app-port", "9000", "--app-path", "/generate"]
     with local(tmp_path, *arguments) as running:
         env = running.ready()
@@ -136,9 +154,9 @@ def test_what_it_prints_is_all_that_storage_queue_and_metadata_need(tmp_path: Pa
         assert {name: value for name, value in second.items() if env[name] != value} == {
             "SALAD_MACHINE_ID": "machine-2",
             "SALAD_INSTANCE_ID": second["SALAD_INSTANCE_ID"],
-            "SALAD_METADATA_URI": f"http://127.0.0.1:{base + 4}",
+            "SALAD_METADATA_URI": f"http://127.0.0.1:{base + 5}",
         }
-        assert listening(running.family()) == dict.fromkeys(range(base, base + 5), "127.0.0.1")
+        assert listening(running.family()) == dict.fromkeys(range(base, base + 6), "127.0.0.1")
         for line in (tmp_path / "env").read_text().splitlines():
             assert line in running.text(), "printed as well as written"
 
@@ -163,6 +181,18 @@ def test_what_it_prints_is_all_that_storage_queue_and_metadata_need(tmp_path: Pa
                 assert [line.split()[3] for line in events] == ["created", "started", "succeeded"]
                 assert f"on {machine['SALAD_MACHINE_ID']}, try 1" in events[1]
 
+        assert env["KELPIE_API_URL"] == f"http://127.0.0.1:{base + 3}"
+        assert "KELPIE_API_KEY" not in env
+        for machine in (env, second):
+            job_id = work_off_kelpie(machine)
+            events = [line for line in running.text().splitlines() if job_id in line]
+            assert [line.partition(job_id)[2].strip() for line in events] == [
+                "created",
+                f"started on {machine['SALAD_MACHINE_ID']}",
+                "failed 1 of 3",
+                "completed",
+            ]
+
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_with_code_0_and_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
@@ -186,9 +216,9 @@ def test_a_signal_while_storage_starts_ends_it_too(tmp_path: Path) -> None:
         assert "Traceback" not in running.text()
 
 
-@pytest.mark.parametrize("taken", range(4))
+@pytest.mark.parametrize("taken", range(5))
 def test_a_port_that_is_taken_is_one_line_and_leaves_no_process(tmp_path: Path, taken: int) -> None:
-    base = free_ports(4)
+    base = free_ports(5)
     with socket.socket() as other, local(tmp_path, "--port-base", str(base)) as running:
         other.bind(("127.0.0.1", base + taken))
         other.listen()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from heeler.job import parse_document
+from tests.support.kelpie_server import KelpieServer
 from tests.support.s3 import S3Server
 from tests.support.sqs_server import KEY, REGION, SECRET, SqsServer
 from tests.support.worker import clean_environment
@@ -45,7 +46,7 @@ def run_block(script: str, folder: Path, **environment: str) -> str:
 
 
 def test_there_are_as_many_commands_as_are_run_here() -> None:
-    assert len(blocks("sh")) == 4
+    assert len(blocks("sh")) == 5
 
 
 def test_the_commands_of_the_first_job_run_as_they_stand(tmp_path: Path) -> None:
@@ -57,6 +58,15 @@ def test_the_commands_of_the_first_job_run_as_they_stand(tmp_path: Path) -> None
 def test_the_commands_of_the_http_app_run_as_they_stand(tmp_path: Path) -> None:
     said = run_block(blocks("sh")[2], tmp_path)
     assert re.search(r"^[0-9a-f]{16} +done", said, re.MULTILINE)
+
+
+def test_the_commands_of_kelpies_jobs_run_as_they_stand(tmp_path: Path) -> None:
+    folders = {name: str(tmp_path / name) for name in ("INPUT_DIR", "CHECKPOINT_DIR", "OUTPUT_DIR")}
+    with KelpieServer() as server:
+        said = run_block(blocks("sh")[4], tmp_path, **server.environment(), **folders, TMPDIR=str(tmp_path))
+    job_id = said.split()[0]
+    assert f"working on {job_id}" in said
+    assert re.search(rf"^{job_id} +done", said, re.MULTILINE)
 
 
 def test_the_commands_of_the_queue_of_sqs_run_as_they_stand(tmp_path: Path) -> None:

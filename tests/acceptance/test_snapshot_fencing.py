@@ -128,6 +128,7 @@ def test_a_worker_cut_off_from_storage_is_fenced_there_when_the_link_heals_and_s
                 }
                 world.tell("finish")
                 record = world.wait_state("done")
+                second.wait_for("job_settled", outcome="done")
     holders_are_in_order(prefix)
     assert (record.attempts, record.failures) == (2, 0)
     assert len(second.find("job_settled", outcome="done")) == 1

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import anyio
 import pytest
 
-from heeler.config import Settings
 from heeler.errors import UsageError
 from heeler.platform.link import Link, probe_place
+from heeler.settings import Settings
 from heeler.status import Status
 from heeler.storage import stores
 from tests.support.s3.process import S3Process

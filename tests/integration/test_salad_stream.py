@@ -13,9 +13,9 @@ import anyio
 import grpc
 import pytest
 
-from heeler.config import Settings
 from heeler.errors import UsageError
 from heeler.job import Result
+from heeler.settings import Settings
 from heeler.sources import SourceRequest, open_source, salad_jobs
 from heeler.sources.base import LeaseLostError, SourceUnavailableError
 from heeler.sources.salad_channel import Channel

@@ -15,13 +15,13 @@ from typing import Any
 import anyio
 import pytest
 
-from heeler.config import Settings
 from heeler.desks import open_desk
 from heeler.errors import HeelerError, UnavailableError, UsageError
 from heeler.job import InvalidJobError, Result
 from heeler.records.opening import open_records
 from heeler.records.record import Record, decode_record
 from heeler.records.store import RecordStore
+from heeler.settings import Settings
 from heeler.sources.base import Desk, JobRecord, PartlySubmittedError, SubmitOptions
 from heeler.sources.sqs_calls import RefusedError
 from heeler.sources.sqs_draft import Draft

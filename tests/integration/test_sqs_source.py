@@ -12,9 +12,9 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from heeler.config import Settings
 from heeler.job import Result
 from heeler.lease import LeaseKeeper
+from heeler.settings import Settings
 from heeler.sources.base import Lease, LeaseLostError, LeaseState, SourceUnavailableError
 from heeler.tasks import alongside
 from tests.support.proxy import FaultProxy

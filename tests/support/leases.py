@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -51,6 +52,7 @@ class ScriptedLease:
         self.job = job or Job("job-1", b"{}")
         self.attempt = attempt
         self.attempts_ordered = True
+        self.extend_every: float | None = None
         self.spends_tries = False
         self.heard: Callable[[], None] = lambda: None
         self.expires_after = expires_after
@@ -149,6 +151,7 @@ class ScriptedFiles:
         self.completed: list[Result] = []
         self.frozen = False
         self.closed = False
+        self.movable = False
 
     async def _do(self, name: str, *details: object) -> None:
         self.calls.append(" ".join([name, *map(str, details)]))
@@ -182,6 +185,15 @@ class ScriptedFiles:
 
     def close(self) -> None:
         self.closed = True
+
+    def unsent(self) -> set[Path]:
+        return set()
+
+    async def set_apart(self) -> bool:
+        if not self.movable:
+            return False
+        await self._do("set apart")
+        return True
 
     async def publish(self) -> None:
         await self._do("publish")

@@ -11,12 +11,12 @@ from typing import Any
 import anyio
 import pytest
 
-from heeler.config import Settings
 from heeler.records.announce import Announcer
 from heeler.records.lease import Context
 from heeler.records.record import Record
 from heeler.records.source import RecordedSource
 from heeler.records.store import RecordStore
+from heeler.settings import Settings
 from heeler.sources import SourceRequest
 from heeler.sources.base import Lease
 from heeler.sources.sqs import SqsSource

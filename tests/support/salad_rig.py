@@ -10,7 +10,7 @@ from typing import Any
 
 import anyio
 
-from heeler.config import Settings
+from heeler.settings import Settings
 from heeler.sources import SourceRequest
 from heeler.sources.base import Lease, Machine
 from heeler.sources.salad import SaladSource

@@ -14,15 +14,16 @@ from typing import Protocol
 
 import anyio
 
-from heeler.config import Settings
 from heeler.local.queue_model import JobStatus
 from heeler.records.announce import Announcer
 from heeler.records.lease import Context
 from heeler.records.record import Record, decode_record, encode_record
 from heeler.records.source import RecordedSource
 from heeler.records.store import RecordStore
+from heeler.settings import Settings
 from heeler.sources import SourceRequest
 from heeler.sources.base import LeaseState, Source
+from heeler.sources.kelpie import KelpieSource
 from heeler.sources.local import LocalDesk, LocalSource
 from heeler.sources.local_table import JobTable
 from heeler.sources.once import once_of_document
@@ -31,6 +32,8 @@ from heeler.sources.sqs import SqsSource
 from heeler.webhook import Webhooks
 from heeler.wire.salad_queue import TRIES
 from heeler_sync.store.memory import MemoryStore
+from tests.support import kelpie_server
+from tests.support.kelpie_server import KelpieServer
 from tests.support.salad import SaladService
 from tests.support.salad_script import StubMachine
 from tests.support.sqs_server import KEY, REGION, SECRET, SqsServer
@@ -63,6 +66,9 @@ class SourceWorld(Protocol):
         numbers: Whether the queue numbers deliveries; else each worker does so for itself.
         tries: None if a job may fail as often as it asks for, and rests are kept. Else every end but success spends
             one of so many tries, without a rest.
+        told: Whether the queue is told that a job was given back, and so gives it out again; that nothing more is
+            heard of it is all that the others go by, and who failed with it never has it again.
+        makes_ids: Whether it makes the ids of jobs, whatever they say.
     """
 
     backend: object
@@ -76,6 +82,8 @@ class SourceWorld(Protocol):
     counts: bool
     numbers: bool
     tries: int | None
+    told: bool = True
+    makes_ids: bool = False
 
     def submit(self, name: str, *, max_failures: int = 3) -> str:
         """Add a job; its id."""
@@ -88,6 +96,9 @@ class SourceWorld(Protocol):
 
     def pass_time(self, seconds: float) -> None:
         """Let wall time pass, in which no worker reaches the queue."""
+
+    def forget_workers(self) -> None:
+        """All workers are gone: what one of them asked for, and the queue has not heard yet, it never hears."""
 
     def cancel(self, job_id: str) -> None:
         """Cancel a job from outside."""
@@ -226,6 +237,9 @@ class SaladWorld(SourceWorld):
 
         self._salad.call(passes)
 
+    def forget_workers(self) -> None:
+        self._salad.expire_tokens()  # else a stream may be opened now, for a job that nobody takes
+
     def cancel(self, job_id: str) -> None:
         self._salad.cancel(job_id)
 
@@ -361,7 +375,67 @@ class RecordedSqsWorld(SqsWorld):
         return ("pending", 0) if record is None else (record.state, record.failures)
 
 
+class KelpieWorld(SourceWorld):
+    """`kelpie`, against the local API, whose clock we move. Each worker is a machine of its own."""
+
+    backend, moment = VIRTUAL, 1.0
+    many, lapses, reclaims, cancels, tries, told = True, True, False, LeaseState.CANCELLED, None, False
+    heirs, tells, counts, numbers, makes_ids = True, False, False, False, True
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._clock = Clock()
+        self._server = KelpieServer(clock=self._clock)
+        self._server.__enter__()
+        self._places: dict[int, Path] = {}
+        self._machines, self._processes = itertools.count(), itertools.count()
+
+    def submit(self, name: str, *, max_failures: int = 3) -> str:
+        return self._server.submit("true", max_failures=max_failures, heartbeat_interval=20)
+
+    def worker(self) -> Source:
+        folder = self._folder / f"machine-{next(self._machines)}"
+        folder.mkdir()
+        return self._source(folder)
+
+    def restarted(self, worker: Source) -> Source:
+        return self._source(self._places[id(worker)])
+
+    def _source(self, folder: Path) -> Source:
+        """A process's locks end with it: each has a room of its own for them."""
+        settings = Settings(
+            kelpie_url=self._server.url,
+            kelpie_api_key=kelpie_server.KEY,
+            kelpie_poll=0.4,
+            machine_id=folder.name,
+            container_group_id=kelpie_server.GROUP,
+        )
+        request = SourceRequest("kelpie", folder.name, folder, settings=settings)
+        source = KelpieSource(
+            request,
+            clock=lambda: anyio.current_time() + self._clock.now,
+            claims_folder=self._folder / f"claims-{next(self._processes)}",
+        )
+        self._places[id(source)] = folder
+        return source
+
+    def pass_time(self, seconds: float) -> None:
+        self._clock.now += seconds
+
+    def cancel(self, job_id: str) -> None:
+        self._server.table.cancel(self._server.user, job_id)
+
+    def state(self, job_id: str) -> tuple[str, int]:
+        job = self._server.job(job_id)
+        state = {"completed": "done", "canceled": "cancelled"}.get(job["status"], job["status"])
+        return str(state), job["num_failures"]
+
+    def close(self) -> None:
+        self._server.__exit__(None, None, None)
+
+
 WORLDS: dict[str, Callable[[Path], SourceWorld]] = {
+    "kelpie": KelpieWorld,
     "local": LocalWorld,
     "once": OnceWorld,
     "salad": SaladWorld,

@@ -12,7 +12,7 @@ from typing import Any
 
 import anyio
 
-from heeler.config import Settings
+from heeler.settings import Settings
 from heeler.sources import SourceRequest
 from heeler.sources.base import Lease
 from heeler.sources.sqs import SqsSource

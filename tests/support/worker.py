@@ -63,13 +63,14 @@ class Worker:
         state_dir: Path,
         env: Mapping[str, str],
         cwd: Path,
-        control: str = "off",
+        control: str | None = "off",
         wrapper: Sequence[str] = (),
+        command: str = "run",
     ) -> None:
-        """Start it; `wrapper` is put before the command (as `unshare ...`)."""
-        command = [*wrapper, sys.executable, "-m", "heeler", "run", "--control", control, *arguments]
+        """Start it; `wrapper` is put before the command (as `unshare ...`). No control: as the defaults say."""
+        given = [] if control is None else ["--control", control]
         self.process = subprocess.Popen(
-            command,
+            [*wrapper, sys.executable, "-m", "heeler", command, *given, *arguments],
             env={**env, "HEELER_STATE_DIR": str(state_dir)},
             cwd=cwd,
             stdin=subprocess.DEVNULL,
@@ -91,6 +92,11 @@ class Worker:
     def pid(self) -> int:
         """The runtime's process."""
         return self.process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self.process.poll() is None
 
     def _read_log(self) -> None:
         assert self.process.stderr is not None

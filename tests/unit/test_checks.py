@@ -14,11 +14,11 @@ import anyio
 import pytest
 
 from heeler.app.process import RegisterError, Started
-from heeler.config import Settings
 from heeler.errors import UsageError
 from heeler.platform import checks
 from heeler.platform.checks import check_machine
 from heeler.platform.link import figure, probe_place
+from heeler.settings import Settings
 from heeler.status import Status
 from heeler_sync.errors import AccessDeniedError, NoSuchBucketError, StoreError, TransientStoreError
 from heeler_sync.store.base import ObjectInfo, ObjectStore, Reader, Sink

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from heeler.config import MASK, Settings, environment_name, flag_name, load, secret_names
+from heeler.config import MASK, environment_name, flag_name, load, secret_names
 from heeler.errors import UsageError
+from heeler.settings import Settings
 from heeler.storage import stores
 
 
@@ -70,7 +71,8 @@ def test_every_kind_of_value_can_stand_in_a_file(tmp_path: Path) -> None:
     ("name", "value", "setting", "expected"),
     [
         ("FILE_WATCHER_DEBOUNCE_MS", "250", "debounce", 0.25),
-        ("FILE_WATCHER_STABILITY_CHECK_MS", "1500", "open_wait", 1.5),
+        ("FILE_WATCHER_STABILITY_CHECK_MS", "1500", "open_wait", 6.0),
+        ("FILE_WATCHER_STABILITY_CHECK_MS", "50", "open_wait", 1.0),
         ("FILE_WATCHER_MAX_WAIT_MS", "60000", "max_wait", 60.0),
         ("INPUT_DIR", "/in", "input_dir", "/in"),
         ("CHECKPOINT_DIR", "/ck", "checkpoint_dir", "/ck"),
@@ -244,3 +246,21 @@ def test_the_storage_of_one_name_family_is_not_mixed_with_the_keys_of_another() 
     assert (found.s3_secret_access_key, found.s3_session_token) == ("r2-secret", None)
     aws = load({}, {name: value for name, value in environment.items() if name.startswith("AWS_")}).settings
     assert (aws.s3_endpoint, aws.s3_session_token) == ("https://s3.example", "queue-token")
+
+
+def test_workers_with_a_state_file_of_kelpies_each_have_a_state_folder_and_a_port_of_their_own() -> None:
+    files = ("/data/a.json", "/data/b.json", "/data/a.json")
+    one, other, again = (load({}, {"KELPIE_STATE_FILE": name}).settings for name in files)
+    plain = load({}, {}).settings
+    assert one == again
+    assert len({plain.state_dir, one.state_dir, other.state_dir}) == 3
+    assert (plain.control, one.control) == ("127.0.0.1:8642", "127.0.0.1:0")
+    given = load({"state_dir": "/own", "control": "off"}, {"KELPIE_STATE_FILE": "/data/a.json"}).settings
+    assert (given.state_dir, given.control) == ("/own", "off")
+
+
+def test_the_log_levels_of_kelpies_worker_are_known() -> None:
+    found = {name: load({}, {"KELPIE_LOG_LEVEL": name}).settings.log_level for name in ("trace", "warn", "fatal")}
+    assert found == {"trace": "debug", "warn": "warn", "fatal": "error"}
+    with pytest.raises(UsageError, match=r"KELPIE_LOG_LEVEL is 'loud', but must be one of trace"):
+        load({}, {"KELPIE_LOG_LEVEL": "loud"})

@@ -317,6 +317,13 @@ async def test_heartbeats_go_on_in_every_phase() -> None:
     assert max(gaps) <= 10.01
 
 
+async def test_three_empty_jobs_take_less_than_3_s_at_a_heartbeat_of_15_s() -> None:
+    """Beside what the machine takes for them: here that is nothing."""
+    leases = [ScriptedLease(expires_after=45.0) for _ in range(3)]
+    assert await World(*leases, delivery=ScriptedDelivery(seconds=0.0), max_jobs=3).run() < 3
+    assert [lease.how for lease in leases] == [["complete"]] * 3
+
+
 async def test_what_became_durable_is_told_with_the_heartbeats() -> None:
     lease = ScriptedLease()
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heeler.job import InvalidJobError, Job, check_job_id, parse_document
+from heeler.message import of_document
 
 ENTRY = {"bucket": "bucket", "prefix": "a/", "local_path": "/data"}
 
@@ -144,16 +145,15 @@ def test_times_are_finite(name: str) -> None:
         assert fault(f'{{"command": "true", "{name}": {value}}}'.encode()).field == name
 
 
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"compression": True}, "compression"),
-    ],
-)
-def test_what_is_not_supported_yet_is_refused_by_name(change: dict[str, Any], word: str) -> None:
-    error = fault({"command": "true", **change})
-    assert word in str(error)
-    assert "not supported yet" in error.reason
+@pytest.mark.parametrize(("value", "expected"), [(True, True), (1, True), (False, False), (0, False), (None, False)])
+def test_compression_is_on_or_off_as_kelpie_writes_it(value: object, expected: bool) -> None:
+    assert parse(command="true", compression=value).compression is expected
+    assert of_document(Job("x", json.dumps({"command": "true", "compression": value}).encode())).gzip is expected
+
+
+@pytest.mark.parametrize("value", ["gzip", 2, [], {}])
+def test_compression_is_nothing_else(value: object) -> None:
+    assert fault({"command": "true", "compression": value}).field == "compression"
 
 
 @pytest.mark.parametrize(
@@ -194,8 +194,8 @@ def test_a_ready_file_belongs_to_a_snapshot() -> None:
 
 
 @pytest.mark.parametrize("value", [False, None])
-def test_what_is_not_supported_yet_may_be_said_to_be_off(value: object) -> None:
-    parse(command="true", compression=value, webhook=value, result_key=value)
+def test_what_needs_a_record_may_be_said_to_be_off(value: object) -> None:
+    parse(command="true", webhook=value, result_key=value)
 
 
 @pytest.mark.parametrize("value", ["a", "A9._:@=+-x", "x" * 200, "0"])

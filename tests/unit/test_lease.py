@@ -215,3 +215,42 @@ async def test_many_waiters_cost_one_question() -> None:
             for _ in range(50):
                 group.start_soon(watched.keeper.wait)
         assert len(watched.extended()) == 4
+
+
+async def test_a_queue_that_wants_a_pace_of_its_own_is_asked_at_that_pace() -> None:
+    lease = ScriptedLease(expires_after=59.0)
+    lease.extend_every = 2.0
+    gaps = []
+    for seed in range(10):
+        async with kept(lease, seed) as watched:
+            await anyio.sleep(40)
+            lease.extend_every = 30.0
+            times = len(lease.extended)
+            await anyio.sleep(160)
+        slow = [later - earlier for earlier, later in pairwise(lease.extended[times:])]
+        assert slow
+        assert all(24.0 - 1e-3 <= gap <= 30.0 + 1e-3 for gap in slow)
+        fast = lease.extended[:times]
+        gaps += [later - earlier for earlier, later in pairwise(fast)]
+        assert watched.names() == []
+        lease.extended.clear()
+        lease.extend_every = 2.0
+    assert 1.6 - 1e-3 <= min(gaps) < 1.65
+    assert 1.95 < max(gaps) <= 2.0 + 1e-3
+
+
+async def test_however_slow_a_pace_is_a_cancellation_is_heard_of_in_minutes() -> None:
+    lease = ScriptedLease(expires_after=1e9)
+    lease.extend_every = 5e8
+    async with kept(lease) as watched:
+        await anyio.sleep(3600)
+    gaps = [later - earlier for earlier, later in pairwise([0.0, *watched.extended()])]
+    assert max(gaps) <= 240.0 + 1e-3
+
+
+async def test_a_failed_call_is_repeated_sooner_than_the_pace() -> None:
+    lease = ScriptedLease(expires_after=59.0, answers=[OUT_OF_REACH] * 3)
+    lease.extend_every = 30.0
+    async with kept(lease) as watched:
+        await anyio.sleep(32)
+    assert len(watched.extended()) == 4

@@ -378,7 +378,9 @@ def test_a_ready_file_that_is_watched_is_not_found_anew_by_a_scan(ready: ReadyMo
 # What was there before anybody watched.
 
 
-@pytest.mark.parametrize("moment", [QuietMoment(QUIET), ReadyMoment(lambda path: path == "ready", QUIET)], ids=repr)
+@pytest.mark.parametrize(
+    "moment", [QuietMoment(QUIET), ReadyMoment(lambda path: path == "ready", QUIET)], ids=["quiet", "ready"]
+)
 def test_a_first_scan_of_an_unchanged_tree_makes_nothing_due(moment: Moment) -> None:
     moment.scanned(scan(a=1, ready=2), 10.0)
     assert moment.due() == math.inf

@@ -6,10 +6,11 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from heeler.config import Settings, environment_name, flag_name, show
+from heeler.config import environment_name, flag_name, show
+from heeler.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-BEGIN = "<!-- settings: made from worker/heeler/config.py, checked by tests/unit/test_readme.py -->\n"
+BEGIN = "<!-- settings: made from worker/heeler/settings.py, checked by tests/unit/test_readme.py -->\n"
 END = "<!-- end of settings -->"
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -329,6 +330,50 @@ async def test_a_cancelled_job_is_heard_of_at_the_next_heartbeat_and_its_message
     assert (record.state, record.history[0].outcome) == ("cancelled", "cancelled")
     assert world.model.messages == {}
     assert world.model.dead == []
+
+
+@pytest.mark.parametrize("webhook", [None, URL])
+async def test_a_cancelled_jobs_message_is_deleted_though_the_bucket_is_slow_and_its_end_noted_late(
+    world: RecordWorld, monkeypatch: pytest.MonkeyPatch, webhook: str | None
+) -> None:
+    world.submit(webhook=webhook)
+    async with world.worker() as source:
+        lease = await take(source)
+        waiting = "" if webhook is None else "pending"
+        await world.change("a", lambda record: record.cancelled(world.model.now(), waiting))
+        assert await lease.extend() is LeaseState.CANCELLED
+        put = world.store.put
+
+        async def slow(key: str, data: bytes, **more: Any) -> str:
+            await anyio.sleep(1.0)
+            return await put(key, data, **more)
+
+        monkeypatch.setattr(world.store, "put", slow)
+        await lease.withdraw()
+    assert world.model.messages == {}
+    record = await world.record()
+    assert (record.state, record.webhook) == ("cancelled", "" if webhook is None else "sent")
+    assert [(entry.outcome, entry.ended is None) for entry in record.history] == [("cancelled", False)]
+    assert len(world.webhooks.sent) == (webhook is not None)
+
+
+async def test_a_cancelled_jobs_message_is_deleted_though_the_bucket_refuses(
+    world: RecordWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.submit()
+    async with world.worker() as source:
+        lease = await take(source)
+        await world.change("a", lambda record: record.cancelled(world.model.now()))
+        assert await lease.extend() is LeaseState.CANCELLED
+
+        async def refused(key: str, data: bytes, **more: Any) -> str:
+            del data, more
+            raise AccessDeniedError("PutObject", "bucket", key, "denied")
+
+        monkeypatch.setattr(world.store, "put", refused)
+        await lease.withdraw()
+    assert world.model.messages == {}
+    assert "record_not_written" in world.told()
 
 
 async def test_a_job_cancelled_in_the_moment_of_its_end_stays_cancelled(world: RecordWorld) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from heeler.config import Settings, load
+from heeler.config import load
 from heeler.files import JobFilesSettings, job_files
 from heeler.folders import Files
 from heeler.job import InvalidJobError, Job
+from heeler.leftovers import Leftovers
 from heeler.rooms import Rooms
+from heeler.settings import Settings
 from heeler_sync.snapshot.index import MemoryIndex
 from heeler_sync.snapshot.session import Fences
 from heeler_sync.snapshot.uploads import NoUploads
@@ -82,7 +84,10 @@ def open_files(settings: Settings, base: Path, sync: dict[str, Any]) -> Files:
 
     body = json.dumps({"command": "true", "sync": sync}).encode()
     permit: Any = None
-    context = JobFilesSettings(settings, none, none, "worker", Fences(none), MemoryIndex(), NoUploads(), base=base)
+    leftovers = Leftovers(base, none)
+    context = JobFilesSettings(
+        settings, none, none, "worker", Fences(none), MemoryIndex(), NoUploads(), leftovers, base=base
+    )
     return job_files(ScriptedLease(job=Job("job", body)), permit, context)
 
 

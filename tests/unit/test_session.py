@@ -40,7 +40,8 @@ class World:
         return SyncFolder(parse_location(f"s3://bucket/{prefix}"), self.work / path, compiled)
 
     def session(self, patience: float | None = 5.0, **parts: SyncFolder | tuple[SyncFolder, ...]) -> Session:
-        plan = Plan(**{name: part if isinstance(part, tuple) else (part,) for name, part in parts.items()})
+        folders = {name: part if isinstance(part, tuple) else (part,) for name, part in parts.items()}
+        plan = Plan(folders.get("before", ()), folders.get("during", ()), folders.get("after", ()))
         times = SettleTimes(debounce=0.02, open_wait=0.3)
         if self.last is not None:
             self.last.close()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from heeler.config import Settings, load
+from heeler.config import load
 from heeler.errors import UsageError
+from heeler.settings import Settings
 from heeler.sources import SourceRequest, guess_source, open_source
 from heeler.sources.sqs import address_of
 

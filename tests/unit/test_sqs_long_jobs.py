@@ -10,7 +10,6 @@ import anyio
 import pytest
 
 from heeler.app.base import Assignment, GivenUp
-from heeler.config import Settings
 from heeler.drain import Drain
 from heeler.forwarder import Forwarder
 from heeler.job import Ending, Outcome, Result
@@ -20,6 +19,7 @@ from heeler.records.lease import Context
 from heeler.records.source import RecordedSource
 from heeler.records.store import RecordStore
 from heeler.scopes import Signal
+from heeler.settings import Settings
 from heeler.sources import SourceRequest
 from heeler.sources.base import Lease, Source
 from heeler.sources.sqs import SqsSource

@@ -12,12 +12,12 @@ import anyio
 import pytest
 from botocore.exceptions import ClientError
 
-from heeler.config import Settings
 from heeler.drain import Drain
 from heeler.errors import UnavailableError, UsageError
 from heeler.job import Ending, Outcome, Result
 from heeler.lease import LeaseKeeper
 from heeler.records.source import RecordedSource
+from heeler.settings import Settings
 from heeler.settling import Settling
 from heeler.sources import SourceRequest
 from heeler.sources.base import Lease, LeaseLostError, LeaseState, SourceUnavailableError

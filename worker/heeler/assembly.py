@@ -6,26 +6,33 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from heeler.app.base import Delivery
 from heeler.app.command import CommandDelivery, CommandSettings
 from heeler.checkpoints import Checkpoints
-from heeler.config import Settings, environment_name, secret_names
+from heeler.config import environment_name, secret_names
 from heeler.drain import Drain
 from heeler.errors import UsageError
 from heeler.files import JobFilesSettings, job_files
 from heeler.folders import Files
 from heeler.forwarder import Forwarder
+from heeler.job import Job
 from heeler.journal import Journal
 from heeler.lease import LeaseKeeper
-from heeler.message import of_app_message, of_document, of_recorded_document
+from heeler.leftovers import Leftovers
+from heeler.message import Wanted, of_app_message, of_document, of_kelpie_document, of_recorded_document
 from heeler.platform.failures import FailuresInARow
+from heeler.platform.imds import Imds
+from heeler.settings import Settings
 from heeler.sources.base import Lease, Source
 from heeler.status import Status
 from heeler_sync.snapshot.session import Fences
 from heeler_sync.store.base import ObjectStore
 
 _JOB_ID = "{job_id}"
+_KELPIE_FAILURES = 5
+"""As MAX_JOB_FAILURES of Kelpie's worker."""
 
 _FAULTS = {
     "checkpoint_never_settles",
@@ -75,6 +82,55 @@ def _check_concurrency(settings: Settings, source: str) -> None:
         if getattr(settings, url) is not None and _JOB_ID not in getattr(settings, folder):
             words = f"put {_JOB_ID} into {environment_name(folder)}, such as /jobs/{_JOB_ID}/{folder.split('_')[0]}"
             raise UsageError(f"with --concurrency each job needs folders of its own: {words}")
+
+
+def reader(source: str, *, app_mode: bool, recorded: bool) -> Callable[[Job], Wanted]:
+    """What reads a message's folders."""
+    if app_mode:
+        return of_app_message
+    if source == "kelpie":
+        return of_kelpie_document
+    return of_recorded_document if recorded else of_document
+
+
+def overlaps(settings: Settings, source: str, *, app_mode: bool) -> bool:
+    """Whether the next job is taken while the outputs of the last one upload.
+
+    Raises:
+        UsageError: It is wanted where it can't be.
+    """
+    if settings.overlap == "on" and source in ("salad", "once"):
+        raise UsageError(f"the source {source} gives one job at a time: leave out --overlap on")
+    if settings.overlap == "on" and app_mode:
+        raise UsageError("an app keeps its folders between jobs, so they can't be moved: leave out --overlap on")
+    return settings.overlap == "on" or (settings.overlap == "auto" and source == "kelpie" and not app_mode)
+
+
+def failure_limit(settings: Settings, source: str, imds: Imds | None) -> int | None:
+    """After so many failures in a row the machine is left; None means never."""
+    if settings.max_job_failures is None and source == "kelpie" and imds is not None:
+        return _KELPIE_FAILURES
+    return settings.max_job_failures
+
+
+def state_file(settings: Settings, source: str) -> Path | None:
+    """Where programs read what is under way, if they are Kelpie's."""
+    return Path(settings.kelpie_state_file).absolute() if source == "kelpie" else None
+
+
+def check_moves(settings: Settings, imds: Imds | None) -> None:
+    """Refuse what nobody could do here.
+
+    Raises:
+        UsageError: A setting is in vain, or contradicts another.
+    """
+    if settings.recreate_between_jobs and imds is None:
+        raise UsageError(
+            "--recreate-between-jobs (KELPIE_RECREATE_BETWEEN_JOBS) needs SaladCloud's metadata service,"
+            " which is not here"
+        )
+    if settings.move_when_idle and settings.exit_when_idle is not None:
+        raise UsageError("--exit-when-idle and --move-when-idle (MAX_TIME_WITH_NO_WORK_S): set only one of them")
 
 
 def make_delivery(
@@ -147,8 +203,8 @@ def make_forwarder(
     checkpoints: Checkpoints,
     failures: FailuresInARow,
     *,
-    app_mode: bool,
-    recorded: bool,
+    read: Callable[[Job], Wanted],
+    overlap: bool,
 ) -> Forwarder:
     """The loop, with all that it needs."""
     on_event = partial(_file_event, status)
@@ -160,7 +216,8 @@ def make_forwarder(
         fences=Fences(on_event, allow_unfenced=settings.allow_unfenced),
         index=journal.file_index(),
         uploads=journal.uploads(),
-        read=of_app_message if app_mode else of_recorded_document if recorded else of_document,
+        leftovers=Leftovers(settings.state_path, status.fault),
+        read=read,
     )
 
     def open_files(lease: Lease, keeper: LeaseKeeper) -> Files:
@@ -176,10 +233,11 @@ def make_forwarder(
         failures,
         rng=random.Random(),  # noqa: S311 - jitter
         retry_delay=settings.retry_delay,
-        max_jobs=settings.max_jobs,
-        exit_when_idle=settings.exit_when_idle,
+        max_jobs=1 if settings.recreate_between_jobs else settings.max_jobs,
+        exit_when_idle=settings.move_when_idle or settings.exit_when_idle,
         concurrency=settings.concurrency,
         tries=settings.app_tries,
+        overlap=overlap,
     )
 
 

@@ -5,6 +5,8 @@ Whatever goes on is cancelled when the lease ends, and nothing more is changed. 
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from heeler.app.base import Assignment, Delivery
 from heeler.checkpoints import Checkpoints
 from heeler.drain import Drain
@@ -50,7 +52,10 @@ class Attempt:
         drain: Drain,
         status: Status,
         checkpoints: Checkpoints,
+        give_way: Callable[[Files], Awaitable[None]],
     ) -> None:
+        """Args: `give_way` is called when only the outputs are still to be made durable."""
+        self._give_way = give_way
         self._lease = lease
         self._keeper = keeper
         self._files = files
@@ -90,6 +95,7 @@ class Attempt:
         try:
             ending = await self._deliver()
             if ending.outcome is Outcome.DONE:
+                await self._give_way(self._files)
                 await self._files.publish()
                 if (result := _kept(ending)) is not None:
                     await self._files.complete(result)
@@ -103,6 +109,7 @@ class Attempt:
 
     async def _restore(self) -> bool:
         """Whether the folders are ready; a drain ends it early, since nothing is lost by that."""
+        self._status.tell_unsent(self._files.unsent)
         self._status.enter(Phase.RESTORE)
         ready = False
         with self._drain.requested.ends():

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from heeler import __version__, signals
-from heeler.config import Configuration, Settings
+from heeler.config import Configuration
 from heeler.errors import EXIT_USAGE, HeelerError, UsageError
 from heeler.flags import with_settings
+from heeler.settings import Settings
 from heeler.sync.commands import sync_app
 
 app = typer.Typer(
@@ -46,12 +47,26 @@ def run(
     run_worker(configuration, job, program or ())
 
 
+@app.command()
+@with_settings(*(name for name in _RUN_SETTINGS if name != "source"), "when_done")
+def kelpie(configuration: Configuration) -> None:
+    """Take the jobs of Kelpie's API in the place of Kelpie's own worker, with its variables and nothing else."""
+    from heeler.run import run_worker  # noqa: PLC0415
+
+    settings = replace(configuration.settings, source="kelpie")
+    run_worker(replace(configuration, settings=settings), None)
+
+
 _DESK_SETTINGS = (
     "source",
     "records",
     "sqs_queue_url",
     "sqs_region",
     "sqs_endpoint",
+    "kelpie_url",
+    "salad_organization",
+    "salad_project",
+    "container_group_id",
     "s3_endpoint",
     "s3_region",
     "s3_provider",
@@ -199,7 +214,7 @@ def local(
         Path | None, typer.Option(metavar="FILE", help="Write the environment there, too; of machine 2 to FILE.2 ...")
     ] = None,
 ) -> None:
-    """Run S3, SQS and the Salad Job Queue on loopback, print the environment to use, and log each job."""
+    """Run S3, SQS, the Salad Job Queue and Kelpie's API on loopback, print the environment, and log each job."""
     from heeler.local.serve import LocalOptions, run_local  # noqa: PLC0415
 
     run_local(LocalOptions(port_base, machines, app_port, app_path, env_file))

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from heeler import documents
-from heeler.config import Configuration, Settings
+from heeler.config import Configuration
 from heeler.control import client
 from heeler.desks import opened_desk
 from heeler.errors import HeelerError, UnavailableError, UsageError
 from heeler.job import InvalidJobError
 from heeler.job_lines import readable
+from heeler.settings import Settings
 from heeler.sources.base import (
     FRESH_RUN,
     Desk,

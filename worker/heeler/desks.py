@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from heeler.config import Settings
 from heeler.errors import UnavailableError, UsageError
+from heeler.settings import Settings
 from heeler.sources import folder_of
 from heeler.sources.base import Desk, SourceUnavailableError
 
@@ -36,10 +36,11 @@ def open_desk(settings: Settings) -> Desk:
         UsageError: As `opened_desk`.
         SourceUnavailableError: It can't be opened now.
     """
-    spec = settings.source or ("sqs" if settings.sqs_queue_url is not None else None)
+    spec = settings.source or _guessed(settings)
     if spec is None:
         raise UsageError(
-            "no source of jobs: set --source (or HEELER_SOURCE) to sqs, or to local:FOLDER for a queue in a folder"
+            "no source of jobs: set --source (or HEELER_SOURCE) to sqs or kelpie, or to local:FOLDER for a queue in a"
+            " folder"
         )
     name, _, address = spec.partition(":")
     if name == "local":
@@ -48,7 +49,16 @@ def open_desk(settings: Settings) -> Desk:
         return LocalDesk(folder_of(address))
     if name == "sqs":
         return _sqs_desk(settings, address)
-    raise UsageError(f"source {name!r} takes no jobs from here; use sqs or local:FOLDER")
+    if name == "kelpie":
+        return _kelpie_desk(settings, address)
+    raise UsageError(f"source {name!r} takes no jobs from here; use sqs or local:FOLDER, or kelpie for Kelpie's API")
+
+
+def _guessed(settings: Settings) -> str | None:
+    """As `heeler.sources.guess_source`, of those that take jobs from here."""
+    if settings.sqs_queue_url is not None:
+        return "sqs"
+    return "kelpie" if settings.kelpie_api_key is not None else None
 
 
 def _sqs_desk(settings: Settings, url: str) -> Desk:
@@ -66,3 +76,17 @@ def _sqs_desk(settings: Settings, url: str) -> Desk:
         return SqsDesk(address, None)
     bucket = parse_location(settings.records).bucket
     return SqsDesk(address, RecordDesk(records, lambda: open_store(bucket)))
+
+
+def _kelpie_desk(settings: Settings, address: str) -> Desk:
+    from heeler.kelpie_desk import KelpieDesk  # noqa: PLC0415 - only what is used
+    from heeler.platform.imds import Imds  # noqa: PLC0415
+    from heeler.sources.kelpie_http import KelpieClient, credentials_of  # noqa: PLC0415
+
+    if address:
+        raise UsageError(f"source kelpie takes no address ({address!r}): set KELPIE_API_URL (or --kelpie-url)")
+    # The name of a container group says nothing of the machine here: who submits from elsewhere has to set it.
+    on_saladcloud = settings.machine_id is not None or settings.metadata_uri != Settings.metadata_uri
+    machine = Imds(settings.metadata_uri) if on_saladcloud and settings.kelpie_api_key is None else None
+    client = KelpieClient(settings.kelpie_url, credentials_of(settings, machine))
+    return KelpieDesk(client, settings.container_group_id, None if machine is None else machine.close)

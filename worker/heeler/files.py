@@ -5,22 +5,23 @@ The one room that knows both jobs and `heeler_sync`; sources and app know neithe
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from heeler.checkpoints import Generation
-from heeler.config import Settings
 from heeler.folders import Files, NoFolders
 from heeler.job import InvalidJobError, Job, Result, SyncEntry, SyncSpec, first_fault
+from heeler.leftovers import Leftovers
 from heeler.message import Wanted, of_document
+from heeler.patterns import compile_pattern
 from heeler.rooms import Rooms
+from heeler.settings import Settings
 from heeler.sources.base import Lease
 from heeler_sync.errors import BadLocationError
 from heeler_sync.events import EventSink
@@ -34,6 +35,7 @@ from heeler_sync.snapshot.index import FileIndex
 from heeler_sync.snapshot.session import Fences
 from heeler_sync.snapshot.uploads import Uploads
 from heeler_sync.store.base import ObjectStore
+from heeler_sync.threads import in_thread
 
 SPOOL = "spool"
 """In the state folder: what waits for the uplink."""
@@ -58,6 +60,7 @@ class JobFilesSettings:
         fences: Knows which stores enforce conditions.
         index: Keeps what was read of files.
         uploads: The journal of what commits under way have uploaded.
+        leftovers: Told of what is set apart.
         read: What a job's message says of its folders.
         base: Relative local paths start here.
     """
@@ -69,6 +72,7 @@ class JobFilesSettings:
     fences: Fences
     index: FileIndex
     uploads: Uploads
+    leftovers: Leftovers
     read: Callable[[Job], Wanted] = of_document
     base: Path = field(default_factory=Path.cwd)
 
@@ -90,9 +94,9 @@ def job_files(lease: Lease, permit: Permit, context: JobFilesSettings) -> Files:
         InvalidJobError: The message is no job document, or a folder or prefix in it can't be used.
     """
     wanted = context.read(lease.job)
-    plan = _plan(lease.job.id, wanted.sync, context)
+    plan = _plan(lease.job.id, wanted, context)
     if plan == _NO_PLAN:
-        return NoFolders(_environment(plan, lease.job.id, context.settings))
+        return NoFolders(_environment(plan, lease.job.id, context.settings, wanted))
     return JobFiles(lease, permit, wanted, plan, context)
 
 
@@ -103,7 +107,9 @@ class JobFiles:
         job = lease.job
         settings = context.settings
         claim = Claim(job.id, wanted.run_id, lease.attempt, context.worker, lease.attempts_ordered)
-        self.environment = _environment(plan, job.id, settings)
+        self.environment = _environment(plan, job.id, settings, wanted)
+        self._name = job.id
+        self._leftovers = context.leftovers
         self._session = Session(
             plan,
             context.stores,
@@ -139,10 +145,19 @@ class JobFiles:
     def close(self) -> None:
         """As `Files.close`."""
         self._session.close()
+        if self._session.apart:
+            self._leftovers.abandon(self._name)
 
     async def flush(self, *, whole: bool, result: Result | None) -> None:
         """As `Files.flush`."""
         await self._session.flush(Capture(whole=whole), result=None if result is None else result.as_json())
+
+    async def set_apart(self) -> bool:
+        """As `Files.set_apart`."""
+        moved = await self._session.set_apart(self._name, partial(self._leftovers.note, self._name))
+        if not moved:
+            await in_thread(self._leftovers.drop, self._name)
+        return moved
 
     async def publish(self) -> None:
         """As `Files.publish`."""
@@ -159,6 +174,8 @@ class JobFiles:
     async def discard(self) -> None:
         """As `Files.discard`."""
         await self._session.discard()
+        if self._session.apart:
+            await in_thread(self._leftovers.drop, self._name)
 
     async def reserve(self) -> float:
         """As `Files.reserve`: what is unsent, and one more of the largest file, at the measured uplink."""
@@ -166,24 +183,38 @@ class JobFiles:
         uplink = self._session.progress.uplink() or _ASSUMED_UPLINK
         return _LEAST_RESERVE + (unsent.bytes + self._session.largest()) / uplink
 
+    def unsent(self) -> set[Path]:
+        """As `Files.unsent`."""
+        return self._session.unsent_files()
+
     def durable(self) -> int:
         """As `Files.durable`."""
         return self._session.progress.files_up + self._session.progress.generations
 
 
-def _plan(job_id: str, spec: SyncSpec, context: JobFilesSettings) -> Plan:
-    if spec == _NOTHING:
-        spec = context.default
+def _plan(job_id: str, wanted: Wanted, context: JobFilesSettings) -> Plan:
+    spec = context.default if wanted.sync == _NOTHING else wanted.sync
     rooms = context.rooms
-    before = _folders("before", spec.before, job_id, rooms)
-    during = _folders("during", spec.during, job_id, rooms)
+    before = _folders("before", spec.before, job_id, rooms, gzip=wanted.gzip)
+    during = _folders("during", spec.during, job_id, rooms, gzip=wanted.gzip)
+    after = _folders("after", spec.after, job_id, rooms, gzip=wanted.gzip)
     restored = {folder.location for folder in before}
     # What is kept as generations goes on from the newest, whether `before` says so or not.
     kept = tuple(folder for folder in during if folder.snapshot and folder.location not in restored)
-    plan = Plan((*before, *kept), during, _folders("after", spec.after, job_id, rooms))
+    spare = _standard_folders(job_id, context) if wanted.standard else ()
+    plan = Plan((*before, *kept), during, after, spare)
     _refuse_nested(plan.before)
     _refuse_mixed(plan)
     return plan
+
+
+def _standard_folders(job_id: str, context: JobFilesSettings) -> tuple[Path, ...]:
+    """Those of the settings; one that can't be a job's is left alone."""
+    found = []
+    for folder in (context.settings.input_dir, context.settings.checkpoint_dir, context.settings.output_dir):
+        with suppress(ValueError):
+            found.append(context.rooms.folder(folder.replace(_JOB_ID, job_id)))
+    return tuple(dict.fromkeys(found))
 
 
 def _refuse_mixed(plan: Plan) -> None:
@@ -241,8 +272,11 @@ def default_sync(settings: Settings) -> SyncSpec:
     return SyncSpec(before=(*inputs, *checkpoints), during=checkpoints, after=outputs)
 
 
-def _folders(part: str, entries: tuple[SyncEntry, ...], job_id: str, rooms: Rooms) -> tuple[SyncFolder, ...]:
-    return tuple(_folder(f"sync.{part}.{index}", entry, job_id, rooms) for index, entry in enumerate(entries))
+def _folders(
+    part: str, entries: tuple[SyncEntry, ...], job_id: str, rooms: Rooms, *, gzip: bool
+) -> tuple[SyncFolder, ...]:
+    found = (_folder(f"sync.{part}.{index}", entry, job_id, rooms) for index, entry in enumerate(entries))
+    return tuple(replace(folder, gzip=gzip) for folder in found)
 
 
 def _folder(where: str, entry: SyncEntry, job_id: str, rooms: Rooms) -> SyncFolder:
@@ -254,21 +288,33 @@ def _folder(where: str, entry: SyncEntry, job_id: str, rooms: Rooms) -> SyncFold
         path = rooms.folder(entry.local_path.replace(_JOB_ID, job_id))
     except ValueError as error:
         raise InvalidJobError(f"{where}.local_path", str(error)) from None
-    pattern = re.compile(entry.pattern) if entry.pattern else None
-    return SyncFolder(place, path, pattern, snapshot=entry.mode == "snapshot", ready=entry.ready)
+    pattern = compile_pattern(entry.pattern) if entry.pattern else None
+    return SyncFolder(place, path, pattern, snapshot=entry.mode == "snapshot", ready=entry.ready, deletes=entry.deletes)
 
 
-def _environment(plan: Plan, job_id: str, settings: Settings) -> Mapping[str, str]:
-    """INPUT_DIR and its kin: the first folder of each part, else the folder of the settings."""
+def _environment(plan: Plan, job_id: str, settings: Settings, wanted: Wanted) -> Mapping[str, str]:
+    """INPUT_DIR and its kin: the first folder of each part, else the folder of the settings.
+
+    The names without HEELER_ are always the latter where the job wants the standard folders.
+    """
     during = {folder.path for folder in plan.during}
 
     def own(folder: str) -> Path:
         return Path(folder.replace(_JOB_ID, job_id))
 
+    standard = {
+        "INPUT_DIR": own(settings.input_dir),
+        "CHECKPOINT_DIR": own(settings.checkpoint_dir),
+        "OUTPUT_DIR": own(settings.output_dir),
+    }
     inputs = [folder.path for folder in plan.before if folder.path not in during]
     folders = {
-        "INPUT_DIR": next(iter(inputs), own(settings.input_dir)),
-        "CHECKPOINT_DIR": next((folder.path for folder in plan.during), own(settings.checkpoint_dir)),
-        "OUTPUT_DIR": next((folder.path for folder in plan.after), own(settings.output_dir)),
+        "INPUT_DIR": next(iter(inputs), standard["INPUT_DIR"]),
+        "CHECKPOINT_DIR": next((folder.path for folder in plan.during), standard["CHECKPOINT_DIR"]),
+        "OUTPUT_DIR": next((folder.path for folder in plan.after), standard["OUTPUT_DIR"]),
     }
-    return {prefix + name: str(path) for name, path in folders.items() for prefix in ("", "HEELER_")}
+    plain = standard if wanted.standard else folders
+    return {
+        **{name: str(path) for name, path in plain.items()},
+        **{f"HEELER_{name}": str(path) for name, path in folders.items()},
+    }

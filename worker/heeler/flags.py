@@ -12,7 +12,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from heeler.config import Settings, environment_name, flag_name, load, show
+from heeler.config import environment_name, flag_name, load, show
+from heeler.settings import Settings
 
 _ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="Settings file [default: heeler.toml, if there].")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
+from pathlib import Path
 from typing import Protocol
 
 from heeler.checkpoints import Generation
@@ -38,6 +39,10 @@ class Files(Protocol):
         """Inside `watching`, after the program's end: make durable what may be; with a `result` the job is done."""
         ...
 
+    async def set_apart(self) -> bool:
+        """After `watching`: let the next job have the folders, though `publish` is still to come; whether it may."""
+        ...
+
     async def publish(self) -> None:
         """Make the outputs durable."""
         ...
@@ -60,6 +65,10 @@ class Files(Protocol):
 
     async def reserve(self) -> float:
         """Seconds that a flush would take now."""
+        ...
+
+    def unsent(self) -> set[Path]:
+        """The files that are kept under their own names and have a state that is not durable yet."""
         ...
 
     def durable(self) -> int:
@@ -86,6 +95,10 @@ class NoFolders:
     async def flush(self, *, whole: bool, result: Result | None) -> None:
         """As `Files.flush`."""
 
+    async def set_apart(self) -> bool:
+        """As `Files.set_apart`: nothing is to come."""
+        return False
+
     async def publish(self) -> None:
         """As `Files.publish`."""
 
@@ -105,6 +118,10 @@ class NoFolders:
     async def reserve(self) -> float:
         """As `Files.reserve`: the time to tell the queue."""
         return _LEAST_RESERVE
+
+    def unsent(self) -> set[Path]:
+        """As `Files.unsent`."""
+        return set()
 
     def durable(self) -> int:
         """As `Files.durable`."""

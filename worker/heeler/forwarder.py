@@ -1,7 +1,8 @@
 """The loop: receive, restore, deliver, flush, settle. It knows protocols only; the supervisor wires them.
 
-Each lane has one job at a time. While a job is ours, a keeper extends its lease; when the lease ends, whatever is going
-on is cancelled and nothing more is changed or reported. Nothing is reported done before its files are durable.
+Each lane has one job at a time; one that only uploads its outputs may give way to the next. While a job is ours, a
+keeper extends its lease; when the lease ends, whatever is going on is cancelled and nothing more is changed or
+reported. Nothing is reported done before its files are durable.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Forwarder:
         exit_when_idle: float | None = None,
         concurrency: int = 1,
         tries: int = 1,
+        overlap: bool = False,
     ) -> None:
         """Args.
 
@@ -70,6 +72,7 @@ class Forwarder:
         exit_when_idle: Stop after so many seconds without a job.
         concurrency: How many jobs at a time.
         tries: How often a job that failed for a passing reason is tried here before a try of the queue is spent.
+        overlap: Whether the next job is taken while the outputs of the last one upload.
         """
         self._source = source
         self._delivery = delivery
@@ -84,17 +87,26 @@ class Forwarder:
         self._exit_when_idle = exit_when_idle
         self._concurrency = concurrency
         self._tries = tries
+        self._overlap = overlap
+        self._floor = anyio.Semaphore(concurrency, fast_acquire=True)
+        """So many jobs may be anywhere but in the upload of their outputs."""
+        self._over = False
         self._busy = 0
+        self.handled = 0
+        """Jobs that were brought to an end here."""
+        self.idle = False
+        """Whether it ended because there was no job for `exit_when_idle`."""
         self._last_job = 0.0
 
     async def run(self) -> None:
         """Take and handle jobs; returns in a drain, at `max_jobs`, when idle or exhausted, or without a program."""
         self._last_job = anyio.current_time()
-        if self._concurrency == 1:
+        lanes = self._concurrency * (2 if self._overlap else 1)
+        if lanes == 1:
             await self._lane()
             return
         self._status.enter(Phase.RECEIVE)
-        async with alongside(*[self._shown_lane] * self._concurrency):
+        async with alongside(*[self._shown_lane] * lanes):
             pass
 
     async def _shown_lane(self) -> None:
@@ -103,19 +115,31 @@ class Forwarder:
 
     async def _lane(self) -> None:
         """One job after another."""
-        while self._failures.reason is None and self._take_slot():
-            lease = await self._receive()
-            if lease is None:
-                self._give_slot_back()
-                return
-            self._busy += 1
-            try:
-                ending = await self._handle(lease)
-            finally:
-                self._busy -= 1
-                self._last_job = anyio.current_time()
-            if ending.outcome in (Outcome.RELEASE, Outcome.LOST):
-                self._give_slot_back()
+        more = True
+        while more:
+            async with _Turn(self._floor) as turn:
+                more = await self._one_job(turn)
+
+    async def _one_job(self, turn: _Turn) -> bool:
+        """Take one job and handle it; whether there may be another."""
+        if self._over or self._failures.reason is not None or not self._take_slot():
+            return False
+        lease = await self._receive()
+        if lease is None:
+            self._give_slot_back()
+            self._over = True
+            return False
+        self._busy += 1
+        try:
+            ending = await self._handle(lease, turn)
+        finally:
+            self._busy -= 1
+            self._last_job = anyio.current_time()
+        if ending.outcome in (Outcome.RELEASE, Outcome.LOST):
+            self._give_slot_back()
+        else:
+            self.handled += 1
+        return True
 
     def _take_slot(self) -> bool:
         if self._left is None:
@@ -148,6 +172,7 @@ class Forwarder:
                 return None
             if self._exit_when_idle is not None and self._idle_for() >= self._exit_when_idle:
                 self._status.event("idle", seconds=self._exit_when_idle)
+                self.idle = True
                 return None
             backoff.reset()
         return None
@@ -174,14 +199,14 @@ class Forwarder:
                 lease = await self._source.receive(wait=wait)
         return lease
 
-    async def _handle(self, lease: Lease) -> Ending:
+    async def _handle(self, lease: Lease, turn: _Turn) -> Ending:
         """From the lease to the queue's answer."""
         self._status.take(lease.job.id, lease.attempt)
         keeper = LeaseKeeper(lease, self._keeper_event, rng=self._rng)
         try:
             async with alongside(keeper.keep):
                 try:
-                    ending = await self._try_here(lease, keeper)
+                    ending = await self._try_here(lease, keeper, turn)
                 finally:
                     keeper.rest()
         finally:
@@ -192,7 +217,7 @@ class Forwarder:
         wanted = name in ("cancelled", "lease_confirmed_again")
         (self._status.event if wanted else self._status.fault)(name, **fields)
 
-    async def _try_here(self, lease: Lease, keeper: LeaseKeeper) -> Ending:
+    async def _try_here(self, lease: Lease, keeper: LeaseKeeper, turn: _Turn) -> Ending:
         """Attempts on this machine, until one ends otherwise than by a passing fault or the tries are used up."""
         tries = self._tries if lease.spends_tries else 1
         backoff = Doubling(*_HERE_AGAIN, self._rng)
@@ -202,20 +227,31 @@ class Forwarder:
                 files = self._open_files(lease, keeper)
             except InvalidJobError as error:
                 return await self._settle(lease, keeper, Ending(Outcome.FAIL, str(error)))
-            ending, settled = await self._with_files(lease, keeper, files, last=tries <= 0)
+            ending, settled = await self._with_files(lease, keeper, files, turn, last=tries <= 0)
             if settled:
                 return ending
             self._status.enter(Phase.RESTORE)
             with anyio.move_on_after(max(ending.delay, backoff.next())), keeper.ended.ends():
                 await self._drain.requested.wait()
 
-    async def _with_files(self, lease: Lease, keeper: LeaseKeeper, files: Files, *, last: bool) -> tuple[Ending, bool]:
+    async def _with_files(
+        self, lease: Lease, keeper: LeaseKeeper, files: Files, turn: _Turn, *, last: bool
+    ) -> tuple[Ending, bool]:
         """One attempt, and unless it is to be made again here (False), the queue's answer."""
         keeper.durable = files.durable
         worked = anyio.Event()
         try:
             async with self._drain.requested.starts(partial(self._settling.release_late, lease, worked)):
-                attempt = Attempt(lease, keeper, files, self._delivery, self._drain, self._status, self._checkpoints)
+                attempt = Attempt(
+                    lease,
+                    keeper,
+                    files,
+                    self._delivery,
+                    self._drain,
+                    self._status,
+                    self._checkpoints,
+                    partial(self._give_way, turn),
+                )
                 ending = await attempt.run()
                 worked.set()
                 again = ending.transient and ending.delay <= _LONGEST_HERE
@@ -227,6 +263,13 @@ class Forwarder:
                 return await self._settle(lease, keeper, ending, files), True
         finally:
             files.close()
+
+    async def _give_way(self, turn: _Turn, files: Files) -> None:
+        """Let the next job begin, if another is wanted and the outputs of this one are out of its way."""
+        wanted = self._overlap and not self._over and (self._left is None or self._left > 0)
+        stopping = self._drain.requested.is_set() or self._failures.reason is not None
+        if wanted and not stopping and await files.set_apart():
+            turn.leave()
 
     async def _settle(self, lease: Lease, keeper: LeaseKeeper, ending: Ending, files: Files | None = None) -> Ending:
         if not self._goes_on(ending):
@@ -244,3 +287,25 @@ class Forwarder:
         counted = ending.outcome not in (Outcome.RELEASE, Outcome.LOST)
         over = self._failures.enough_with(ending) or (counted and self._left is not None and self._left <= 0)
         return not over and not self._drain.requested.is_set() and self._delivery.available
+
+
+class _Turn:
+    """One job's place among those that run; left at the end of the block at the latest."""
+
+    def __init__(self, floor: anyio.Semaphore) -> None:
+        self._floor = floor
+        self._held = False
+
+    async def __aenter__(self) -> _Turn:
+        await self._floor.acquire()
+        self._held = True
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Let another job begin."""
+        if self._held:
+            self._held = False
+            self._floor.release()

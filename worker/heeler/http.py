@@ -1,4 +1,4 @@
-"""HTTP calls to this machine: the user's app, and the machine's metadata service. The standard library in threads.
+"""HTTP calls: to the user's app, the machine's metadata service, Kelpie's API. The standard library in threads.
 
 Bodies go and come byte for byte. Nothing is followed (a redirect is an answer like any other), no proxy is asked, and
 nothing is sent twice. A cancelled call ends at once, whatever its thread is waiting for.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Mapping
@@ -70,8 +71,11 @@ class Answer:
 class HttpClient:
     """Calls one host and port, and keeps its connections for the next call. Any number of calls at a time."""
 
-    def __init__(self, host: str, port: int, *, connect_timeout: float = 5.0) -> None:
+    def __init__(
+        self, host: str, port: int, *, connect_timeout: float = 5.0, tls: ssl.SSLContext | None = None
+    ) -> None:
         """Args: where; `localhost` means ::1 or 127.0.0.1. Seconds until a connection that is not made is given up."""
+        self._tls = tls
         self.host = host
         self.port = port
         self._connect_timeout = connect_timeout
@@ -129,6 +133,8 @@ class HttpClient:
             if fresh and found.sock is not None and not _is_readable(found.sock):
                 return found
             found.close()  # what comes unasked on an idle connection is its end
+        if self._tls is not None:
+            return _TlsConnection(self.host, self.port, timeout=self._connect_timeout, context=self._tls)
         return _Connection(self.host, self.port, timeout=self._connect_timeout)
 
 
@@ -205,7 +211,7 @@ class _Exchange:
             sock: socket.socket | None = self.connection.sock
         if sock is not None:
             with suppress(OSError):  # it is closed already
-                sock.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # of TLS it would take the session from the thread
 
 
 class _Response(http.client.HTTPResponse):
@@ -220,11 +226,19 @@ class _Connection(http.client.HTTPConnection):
     response_class = _Response
 
 
+class _TlsConnection(http.client.HTTPSConnection):
+    response_class = _Response
+
+
 def _words(error: Exception, sent: bool) -> str:
     if isinstance(error, http.client.IncompleteRead):
         return f"the answer ended {error.expected or 'some'} bytes early"
     if isinstance(error, http.client.RemoteDisconnected | ConnectionResetError | BrokenPipeError):
         return "the connection was closed before the answer"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message} (SSL_CERT_FILE names whom to trust)"
+    if isinstance(error, ssl.SSLError):
+        return f"it speaks no TLS that we understand ({error.reason or type(error).__name__})"
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
     return f"the {'answer is not' if sent else 'request can not be sent as'} HTTP ({type(error).__name__})"

@@ -75,10 +75,15 @@ T = TypeVar("T")
 _Off = Annotated[T, BeforeValidator(_unless_off)]
 """May be said to be off by `false`, as Kelpie's documents do."""
 _Path = Annotated[_Text, AfterValidator(_without_climbing)]
+_Switch = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
+"""Kelpie's database writes it as 0 or 1, or leaves it null."""
 
 
 class SyncEntry(_Model):
-    """One folder of a job and its place in storage: Kelpie's fields, `mode`, and `ready` of a snapshot."""
+    """One folder of a job and its place in storage: Kelpie's fields, `mode`, `ready` of a snapshot.
+
+    `deletes: false` of a mirror keeps the objects of files that go.
+    """
 
     bucket: str
     prefix: _Path
@@ -87,6 +92,7 @@ class SyncEntry(_Model):
     pattern: str | None = None
     mode: Literal["mirror", "snapshot"] = "mirror"
     ready: _Text | None = Field(default=None, min_length=1)
+    deletes: bool = True
 
     @field_validator("pattern")
     @classmethod
@@ -138,6 +144,7 @@ class JobDocument(_Model):
     max_failures: int = Field(default=3, ge=1, le=1000)
     heartbeat_interval: float | None = Field(default=None, ge=0.1, le=3600, allow_inf_nan=False)
     index: int | None = Field(default=None, ge=0, strict=True)
+    compression: _Switch = False
     webhook: _Off[str | None] = None
     result_key: _Off[_Path | None] = Field(default=None, min_length=1, max_length=900)
 
@@ -169,11 +176,6 @@ class JobDocument(_Model):
         return value
 
 
-_LATER = {
-    "compression": "gzipped objects are not supported yet; leave it out or set it to false",
-}
-
-
 def check_job_id(value: str) -> str:
     """The id, if it can stand in keys and paths.
 
@@ -203,7 +205,6 @@ def parse_document(body: bytes) -> JobDocument:
         refuse_half_characters(data, ())
     except RecursionError:
         raise InvalidJobError("document", "is nested too deeply") from None
-    _refuse_what_comes_later(data)
     try:
         return JobDocument.model_validate(data)
     except ValidationError as error:
@@ -234,12 +235,6 @@ def _is_whole(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _refuse_what_comes_later(data: dict[str, Any]) -> None:
-    for name, words in _LATER.items():
-        if data.pop(name, None):
-            raise InvalidJobError(name, words)
 
 
 def first_fault(error: ValidationError) -> InvalidJobError:

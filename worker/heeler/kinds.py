@@ -39,6 +39,12 @@ def milliseconds(value: str) -> float:
     return seconds(value) / 1000
 
 
+def four_times_milliseconds(value: str) -> float:
+    """A number of milliseconds, 0 or more."""
+    # Kelpie's worker looks four times; a second at the least, or what is being written would be taken for whole.
+    return max(1.0, 4 * milliseconds(value))
+
+
 def count(value: str) -> int:
     """A whole number, 1 or more."""
     number = int(value)
@@ -85,6 +91,12 @@ def choice(*choices: str) -> Callable[[str], str]:
 
     parse.__doc__ = " or ".join(choices)
     return parse
+
+
+def kelpie_log_level(value: str) -> str:
+    """One of trace, debug, info, warn, error, fatal or silent."""
+    levels = {"trace": "debug", "fatal": "error", "silent": "error"}
+    return {level: level for level in ("debug", "info", "warn", "error")}.get(value) or levels[value]
 
 
 def visibility(value: str) -> int:

@@ -1,8 +1,8 @@
 """Keeps one lease alive, says when it is lost, and lends the permit to change storage meanwhile.
 
-Extended every third of its time, with jitter; a failed call is repeated with backoff. When the lease has lapsed
-without an answer (a partition) the work goes on and we go on asking, but the permit waits until the queue says
-that the job is still ours.
+Extended every third of its time or at the queue's own pace, with jitter; a failed call is repeated with backoff. When
+the lease has lapsed without an answer (a partition) the work goes on and we go on asking, but the permit waits until
+the queue says that the job is still ours.
 """
 
 from __future__ import annotations
@@ -119,13 +119,13 @@ class LeaseKeeper:
 
     def _pause(self) -> float:
         """Seconds to the next call; measured by our own clock, so that time spent stopped counts."""
-        third = min(_LONGEST_PAUSE, self._lease.expires_after / 3)
+        pace = min(_LONGEST_PAUSE, self._lease.extend_every or self._lease.expires_after / 3)
         if math.isinf(self._lease.expires_after):
-            third = _PAUSE_WITHOUT_END
+            pace = _PAUSE_WITHOUT_END
         if self._failures:
-            retry = min(_LONGEST_RETRY, third, _FIRST_RETRY * 2.0 ** min(self._failures - 1, 20))
+            retry = min(_LONGEST_RETRY, pace, _FIRST_RETRY * 2.0 ** min(self._failures - 1, 20))
             return retry * self._rng.uniform(0.5, 1.0)
-        return third * self._rng.uniform(*_JITTER)
+        return pace * self._rng.uniform(*_JITTER)
 
     async def _extend(self) -> None:
         asked_at = self._clock()

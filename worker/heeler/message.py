@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
@@ -15,10 +15,20 @@ _PARTS = {"before", "during", "after"}
 
 @dataclass(frozen=True)
 class Wanted:
-    """The folders that a job asks for, and which run of it this is."""
+    """What a message says of its job's folders.
+
+    Attributes:
+        sync: Which it asks for.
+        run_id: Which run of it this is.
+        standard: Whether its program knows the folders of the settings, as Kelpie's do: named INPUT_DIR and so on
+            whatever `sync` says, and empty where that does not fill them.
+        gzip: Whether the objects of its folders are gzipped.
+    """
 
     sync: SyncSpec
     run_id: str = ""
+    standard: bool = False
+    gzip: bool = False
 
 
 def of_recorded_document(job: Job) -> Wanted:
@@ -28,7 +38,7 @@ def of_recorded_document(job: Job) -> Wanted:
         InvalidJobError: The message is none.
     """
     document = job.document()
-    return Wanted(document.sync, document.run_id)
+    return Wanted(document.sync, document.run_id, gzip=document.compression)
 
 
 def of_document(job: Job) -> Wanted:
@@ -39,6 +49,15 @@ def of_document(job: Job) -> Wanted:
     """
     refuse_what_needs_a_record(job.document())
     return of_recorded_document(job)
+
+
+def of_kelpie_document(job: Job) -> Wanted:
+    """As `of_document`, of one of Kelpie's jobs.
+
+    Raises:
+        InvalidJobError: As `of_document`.
+    """
+    return replace(of_document(job), standard=True)
 
 
 def refuse_what_needs_a_record(document: JobDocument) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from heeler.config import Settings
+from heeler.settings import Settings
 
 _PARENTS = {
     Path(name)

@@ -10,10 +10,11 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from heeler.job import Ending
@@ -46,6 +47,7 @@ class Lane:
         job_id: Its job, if it has one.
         attempt: Which delivery of it.
         checkpoint: The newest generation of the job's checkpoint.
+        unsent: Tells which files of the job have a state that is not in storage, as far as that is known.
     """
 
     phase: Phase = Phase.START
@@ -53,10 +55,12 @@ class Lane:
     job_id: str | None = None
     attempt: int = 0
     checkpoint: dict[str, Any] | None = None
+    unsent: Callable[[], set[Path]] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As the status shows it."""
-        return asdict(self) | {"phase": self.phase.value}
+        shown = ("since", "job_id", "attempt", "checkpoint")
+        return {"phase": self.phase.value, **{name: getattr(self, name) for name in shown}}
 
 
 _lane: ContextVar[Lane | None] = ContextVar("lane", default=None)
@@ -81,6 +85,8 @@ class Status:
         self.faults: deque[dict[str, Any]] = deque(maxlen=_FAULTS_KEPT)
         self.on_change: list[Callable[[], None]] = []
         """Called on the event loop when the phase or the job has changed."""
+        self.on_settled: list[Callable[[str, Ending], None]] = []
+        """Called on the event loop when an attempt has ended: whose job's, and how."""
 
     @contextmanager
     def lane(self) -> Iterator[None]:
@@ -108,6 +114,15 @@ class Status:
     def phase(self) -> Phase:
         """Where the worker is with its job."""
         return self._current.phase
+
+    def is_anywhere(self, *phases: Phase) -> bool:
+        """Whether one of the jobs is in one of these phases."""
+        return any(lane.job_id is not None and lane.phase in phases for lane in self._lanes)
+
+    @property
+    def lanes(self) -> Sequence[Lane]:
+        """All of them, busy or not."""
+        return [*self._lanes]
 
     @property
     def job_id(self) -> str | None:
@@ -163,10 +178,16 @@ class Status:
         self.event("job_received", attempt=attempt)
         self._changed()
 
+    def tell_unsent(self, unsent: Callable[[], set[Path]]) -> None:
+        """Who knows which files of the job have a state that is not in storage."""
+        (_lane.get() or self._lanes[0]).unsent = unsent
+
     def settled(self, ending: Ending, *, told: bool) -> None:
         """An attempt ended, and the queue was `told` or could not be."""
         outcome = ending.outcome.value
         self.outcomes[outcome] += 1
+        for listener in self.on_settled:
+            listener(self._own_job() or "", ending)
         fields = {"outcome": outcome, "reason": ending.reason, "told": told, **ending.result.facts()}
         if ending.outcome.value in ("done", "release", "cancelled") and told:
             self.event("job_settled", **fields)
@@ -182,7 +203,7 @@ class Status:
     def drop(self) -> None:
         """The job is no longer ours to speak of."""
         lane = _lane.get() or self._lanes[0]
-        lane.job_id, lane.attempt, lane.checkpoint = None, 0, None
+        lane.job_id, lane.attempt, lane.checkpoint, lane.unsent = None, 0, None, None
         self._changed()
 
     def _changed(self) -> None:

@@ -8,10 +8,10 @@ from urllib.parse import urlsplit
 
 import anyio
 
-from heeler.config import Settings
 from heeler.errors import UnavailableError, UsageError
 from heeler.files import default_sync
 from heeler.job import InvalidJobError
+from heeler.settings import Settings
 from heeler_sync.errors import StoreError, SyncError, TransientStoreError, UnfencedStoreError
 from heeler_sync.paths import parse_location
 from heeler_sync.snapshot.layout import Layout

@@ -9,38 +9,55 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import signal
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import anyio
 import anyio.to_thread
 
-from heeler import signals
 from heeler.app.base import GivenUp
 from heeler.app.processes import OrphanReaper, become_reaper
-from heeler.assembly import is_app_mode, make_delivery, make_forwarder, program_environment
+from heeler.assembly import (
+    check_moves,
+    failure_limit,
+    is_app_mode,
+    make_delivery,
+    make_forwarder,
+    overlaps,
+    program_environment,
+    reader,
+    state_file,
+)
 from heeler.checkpoints import Checkpoints
-from heeler.config import Configuration, Settings
+from heeler.config import Configuration
 from heeler.control import CONTROL_VARIABLE, url_of
 from heeler.drain import Drain
 from heeler.files import SPOOL
 from heeler.forwarder import Forwarder
+from heeler.job import Job
 from heeler.journal import Journal
+from heeler.kelpie_state import KelpieStateFile
+from heeler.kelpie_variables import STATE_FILE, without_effect
+from heeler.leftovers import Leftovers
 from heeler.log import Logger
+from heeler.message import Wanted
 from heeler.platform.checks import check_machine
 from heeler.platform.deletion import DeletionCost
 from heeler.platform.failures import FailuresInARow
 from heeler.platform.imds import Imds, find_imds
-from heeler.platform.moving import leave_unfit
+from heeler.platform.moving import leave_unfit, make_anew
 from heeler.records.opening import with_records
 from heeler.records.source import RecordedSource
+from heeler.settings import Settings
 from heeler.sources import SourceRequest, guess_source, open_source
 from heeler.sources.base import Source, SourceUnavailableError, Verdict
 from heeler.sources.facts import CheckedSource
 from heeler.status import Phase, Status
+from heeler.stopping import announce_drain, leave_at_deadline, take_signals
 from heeler.storage import check, stores
 from heeler.tasks import background
 from heeler_sync.store.base import ObjectStore
@@ -71,7 +88,9 @@ async def supervise(
     worker = f"{socket.gethostname()}:{os.getpid()}-{secrets.token_hex(2)}"
     status = Status(log, worker=worker, source=settings.source or "", mask=log.masked)
     spec = settings.source or guess_source(os.environ, settings)
-    app = tuple(program) if is_app_mode(settings, (spec or "").partition(":")[0], program) else None
+    kind = (spec or "").partition(":")[0]
+    app = tuple(program) if is_app_mode(settings, kind, program) else None
+    overlap = overlaps(settings, kind, app_mode=app is not None)
     journal = Journal(settings.state_path)
     try:
         imds = find_imds(
@@ -90,9 +109,14 @@ async def supervise(
         status.source = status.clean(source.name)
         if settings.source is None:
             status.event("source_guessed", source=source.name)
-        runtime = _Runtime(configuration, app, source, open_store, imds, status, drain, journal)
+        read = reader(kind, app_mode=app is not None, recorded=isinstance(source, RecordedSource))
+        check_moves(settings, imds)
+        how = _How(app, read, overlap, failure_limit(settings, kind, imds), state_file(settings, kind))
+        for variable, reason in without_effect(os.environ) if kind == "kelpie" else ():
+            status.event("variable_without_effect", variable=variable, reason=reason)
+        runtime = _Runtime(configuration, how, source, open_store, imds, status, drain, journal)
         try:
-            async with background(partial(_leave_at_deadline, drain, status, leave)):
+            async with background(partial(leave_at_deadline, drain, status, leave)):
                 return await runtime.run()
             raise AssertionError("background swallows nothing")
         finally:
@@ -104,13 +128,32 @@ async def supervise(
         journal.close()
 
 
+@dataclass(frozen=True)
+class _How:
+    """How jobs are done.
+
+    Attributes:
+        app: The app's program and its arguments (none: somebody else started it); None for a command of each job's own.
+        read: Reads what a message says of its folders.
+        overlap: Whether the next job is taken while the outputs of the last one upload.
+        failures: After so many in a row the machine is left; None means never.
+        state_file: Where programs of Kelpie's jobs read what is under way, if they do.
+    """
+
+    app: Sequence[str] | None
+    read: Callable[[Job], Wanted]
+    overlap: bool
+    failures: int | None
+    state_file: Path | None
+
+
 class _Runtime:
     """One run of the runtime, with all that it is made of."""
 
     def __init__(
         self,
         configuration: Configuration,
-        app: Sequence[str] | None,
+        how: _How,
         source: Source,
         open_store: Callable[[str], ObjectStore],
         imds: Imds | None,
@@ -126,14 +169,16 @@ class _Runtime:
         self._status = status
         self._drain = drain
         self._journal = journal
-        self._app_mode = app is not None
+        self._how = how
         self._checkpoints = Checkpoints()
-        self._failures = FailuresInARow(settings.max_job_failures)
+        self._failures = FailuresInARow(how.failures)
         self._listener = _listener(settings)
         self._environment = program_environment(os.environ, configuration.secrets(), scrub=settings.scrub_env)
         if self._listener is not None:
             self._environment[CONTROL_VARIABLE] = url_of(self._listener)
-        self._delivery = make_delivery(settings, app, self._environment, journal, drain, status)
+        if how.state_file is not None:
+            self._environment[STATE_FILE] = str(how.state_file)
+        self._delivery = make_delivery(settings, how.app, self._environment, journal, drain, status)
 
     async def run(self) -> int:
         """From the first look at what is left of others to the exit code."""
@@ -141,7 +186,7 @@ class _Runtime:
         status.event("started", source=self._source.name, version=_version(), state_dir=settings.state_dir)
         become_reaper()
         await self._succeed()
-        drained = [partial(_take_signals, self._drain, status), partial(_announce_drain, self._drain, status)]
+        drained = [partial(take_signals, self._drain, status), partial(announce_drain, self._drain, status)]
         async with background(*drained, _reap, *self._api()):
             await self._work()
             status.enter(Phase.END)
@@ -155,12 +200,23 @@ class _Runtime:
             forwarder = await _until_drained(self._drain, self._prepare)
             if forwarder is not None:
                 await forwarder.run()
-            if self._failures.reason is not None:
-                await leave_unfit(self._imds, self._failures.reason, self._drain, self._status)
+                await self._afterwards(forwarder)
+
+    async def _afterwards(self, forwarder: Forwarder) -> None:
+        """What there is to do once no other job is taken here."""
+        imds, settings = self._imds, self._settings
+        if self._failures.reason is not None:
+            await leave_unfit(imds, self._failures.reason, self._drain, self._status)
+        elif forwarder.idle and settings.move_when_idle:
+            await leave_unfit(imds, f"no job for {settings.move_when_idle:g} s", self._drain, self._status)
+        elif forwarder.handled and settings.recreate_between_jobs and imds is not None:
+            await make_anew(imds, self._drain, self._status)
 
     def _beside(self) -> list[Callable[[], Awaitable[object]]]:
         cost = [] if self._imds is None else [DeletionCost(self._imds, self._status).run]
-        return [self._delivery.run, self._source.run, *cost]
+        place = self._how.state_file
+        state = [] if place is None else [KelpieStateFile(place, self._status).run]
+        return [self._delivery.run, self._source.run, *cost, *state]
 
     def _api(self) -> list[Callable[[], Awaitable[object]]]:
         if self._listener is None:
@@ -203,8 +259,8 @@ class _Runtime:
             self._journal,
             self._checkpoints,
             self._failures,
-            app_mode=self._app_mode,
-            recorded=isinstance(self._source, RecordedSource),
+            read=self._how.read,
+            overlap=self._how.overlap,
         )
 
     def _end(self) -> GivenUp | Verdict | None:
@@ -237,6 +293,7 @@ class _Runtime:
             journal.note_worker(status.worker)
         except SourceUnavailableError as error:
             status.fault("queue_unreachable", error=str(error))
+        await anyio.to_thread.run_sync(Leftovers(self._settings.state_path, status.fault).remove)
         # Packs that an earlier runtime had waiting for its uplink: the adopted ones are in storage.
         spool = self._settings.state_path / SPOOL
         await anyio.to_thread.run_sync(partial(shutil.rmtree, spool, ignore_errors=True))
@@ -256,39 +313,6 @@ def _listener(settings: Settings) -> socket.socket | None:
     from heeler.control.server import bind  # noqa: PLC0415 - fastapi is only imported where it is used
 
     return bind(settings.control)
-
-
-async def _announce_drain(drain: Drain, status: Status) -> None:
-    await drain.requested.wait()
-    status.draining = True
-    status.event("drain", reason=drain.reason, seconds=round(drain.left(), 3))
-
-
-async def _leave_at_deadline(drain: Drain, status: Status, leave: Callable[[], NoReturn]) -> None:
-    with drain.until_over():
-        await anyio.sleep_forever()
-    await anyio.sleep(_LAST_SECONDS)
-    status.fault("exit_forced", error="the grace period is over, and a call does not end")
-    leave()
-
-
-async def _take_signals(drain: Drain, status: Status) -> None:
-    """SIGTERM and SIGINT drain; each further SIGINT hurries."""
-    try:
-        with anyio.open_signal_receiver(*signals.DRAIN_SIGNALS) as received:
-            for number in signals.held():
-                _take_signal(number, drain, status)
-            async for number in received:
-                _take_signal(number, drain, status)
-    finally:
-        signals.hold()  # all is said and done: a late one must not change the exit code
-
-
-def _take_signal(number: int, drain: Drain, status: Status) -> None:
-    name = signal.Signals(number).name
-    if not drain.begin(name) and number == signal.SIGINT:
-        drain.hurry()
-        status.event("drain_hurried", seconds=round(drain.left(), 3))
 
 
 async def _reap() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from heeler_sync.store.providers import Provider
 
@@ -23,14 +23,16 @@ class ObjectInfo:
     Attributes:
         key: Its full key.
         size: Bytes.
-        etag: Its entity tag, quoted as HTTP has it.
+        etag: Its entity tag, quoted as HTTP has it; empty where it is no use for a condition.
         metadata: User metadata; empty in listings, which do not carry it.
+        exact: Whether a download brings `size` bytes; else it is what the object takes compressed.
     """
 
     key: str
     size: int
     etag: str
     metadata: Mapping[str, str] = field(default_factory=dict)
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,16 @@ class Reader(Protocol):
 
     def read(self, size: int = -1, /) -> bytes:
         """At most `size` bytes; empty at the end."""
+        ...
+
+
+@runtime_checkable
+class SizedReader(Reader, Protocol):
+    """A reader that knows how many bytes it will give in all."""
+
+    @property
+    def size(self) -> int:
+        """So many."""
         ...
 
 
@@ -92,6 +104,7 @@ class ObjectStore(Protocol):
             ObjectNotFoundError: There is no such object.
             PreconditionFailedError: It is not the one with the ETag `if_match`.
             RangeNotSupportedError: `offset` is not 0 and the store does not do ranges.
+            DamagedObjectError: It was to be decompressed and can't be.
         """
         ...
 

@@ -9,9 +9,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from heeler.config import Settings
 from heeler.control import ADDRESS_FILE, CONTROL_VARIABLE
 from heeler.errors import UnavailableError, UsageError
+from heeler.settings import Settings
 
 _CONFLICT = 409
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -1,7 +1,7 @@
-"""`heeler local`: storage, the Salad Job Queue and metadata services on loopback, until told to stop.
+"""`heeler local`: storage, the Salad Job Queue, Kelpie's API and metadata services on loopback, until told to stop.
 
-Ports, from the first: storage (S3 and SQS), the queue's service for workers, its REST API, then a metadata service
-for each machine.
+Ports, from the first: storage (S3 and SQS), the queue's service for workers, its REST API, Kelpie's API, then a
+metadata service for each machine.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import shlex
 import signal
 import time
 from collections.abc import AsyncIterable, AsyncIterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,9 @@ import anyio
 import anyio.to_thread
 
 from heeler.errors import UsageError
-from heeler.local import imds, queue_rest, web
+from heeler.local import imds, kelpie_api, queue_rest, web
+from heeler.local.kelpie_rows import Job as KelpieJob
+from heeler.local.kelpie_table import KelpieTable
 from heeler.local.queue_grpc import QueueServer
 from heeler.local.queue_model import Job, QueueName
 from heeler.local.queue_state import QueueState
@@ -112,18 +114,35 @@ async def _salad(options: LocalOptions) -> AsyncIterator[list[dict[str, str]]]:
     async with background(webhooks.run), AsyncExitStack() as stack:
         await stack.enter_async_context(server.serving())
         url = await stack.enter_async_context(web.serving(api, options.port(2)))
+        kelpie_url = await stack.enter_async_context(_kelpie(tokens, options.port(3)))
         submit = {
             "SALAD_API_KEY": API_KEY,
             "SALAD_API_URL": url + queue_rest.BASE,
             "SALAD_QUEUE_NAME": QUEUE.queue,
+            "KELPIE_API_URL": kelpie_url,
         }
         environments = []
         for number in range(options.machines):
             machine = project.imds(f"machine-{number + 1}")
-            uri = await stack.enter_async_context(web.serving(imds.create_app(machine), options.port(3 + number)))
+            uri = await stack.enter_async_context(web.serving(imds.create_app(machine), options.port(4 + number)))
             environment = project.environment(machine, endpoint=server.endpoint, metadata_uri=uri)
             environments.append({**environment, **submit})
         yield environments
+
+
+def _kelpie(tokens: TokenIssuer, port: int) -> AbstractAsyncContextManager[str]:
+    """Kelpie's API; its URL."""
+    table = KelpieTable(on_reallocate=_log_reallocation)
+    table.listeners.append(_log_kelpie)
+    return kelpie_api.serving(
+        table,
+        tokens,
+        kelpie_key=None,
+        api_key=API_KEY,
+        organization=QUEUE.organization,
+        project=QUEUE.project,
+        port=port,
+    )
 
 
 def _lines(number: int, environment: dict[str, str]) -> str:
@@ -146,6 +165,18 @@ def _write(file: Path, texts: list[str]) -> None:
 def _log(event: str, job: Job) -> None:
     at = f" on {job.workers[-1]}, try {job.tries}" if event == "started" else ""
     _say(f"{time.strftime('%H:%M:%S')} job {job.id} {event}{at}")
+
+
+def _log_kelpie(event: str, job: KelpieJob) -> None:
+    details = {
+        "started": f" on {job['machine_id']}",
+        "failed": f" {job['num_failures']} of {job['max_failures']}",
+    }
+    _say(f"{time.strftime('%H:%M:%S')} job {job['id']} {event}{details.get(event, '')}")
+
+
+def _log_reallocation(machine_id: str, _container_group_id: str) -> None:
+    _say(f"{time.strftime('%H:%M:%S')} {machine_id} failed at every job that it could have: it would be moved")
 
 
 def _say(line: str) -> None:

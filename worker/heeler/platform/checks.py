@@ -14,9 +14,9 @@ from pathlib import Path
 import anyio
 
 from heeler.app.process import CannotStartError, Exit, MachineError, ProcessRegister, child
-from heeler.config import Settings
 from heeler.errors import UsageError
 from heeler.platform.link import Link, figure, probe_place
+from heeler.settings import Settings
 from heeler.status import Status
 from heeler_sync.store.base import ObjectStore
 from heeler_sync.threads import in_thread

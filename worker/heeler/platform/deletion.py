@@ -59,7 +59,7 @@ class DeletionCost:
     def _cost(self) -> int:
         if self._job is None:
             return 0
-        if self._status.phase in (Phase.UPLOAD, Phase.SETTLE):
+        if self._status.is_anywhere(Phase.UPLOAD, Phase.SETTLE):
             return FINAL_UPLOAD
         return min(1 + self._beats(), FINAL_UPLOAD - 1)
 

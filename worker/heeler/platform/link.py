@@ -10,10 +10,10 @@ from functools import partial
 
 import anyio
 
-from heeler.config import Settings
 from heeler.errors import UsageError
 from heeler.files import default_sync
 from heeler.job import InvalidJobError
+from heeler.settings import Settings
 from heeler.status import Status
 from heeler_sync.errors import BadLocationError, PermanentStoreError, StoreError, TransientStoreError
 from heeler_sync.groups import for_each

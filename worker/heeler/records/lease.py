@@ -28,8 +28,8 @@ _LOOK_SECONDS = 5.0
 _PART_OF_LEASE = 6
 """A look takes up to that part of the lease: half of what its keeper waits for an extension (`lease.py`)."""
 _LAST_WORD_SECONDS = 0.6
-"""The most that a release waits for the bucket: to be handed back at once matters more, and a drain's last words have a
-second in all."""
+"""The most that a release or a withdrawal waits for the bucket: that the queue hears of it at once matters more, and a
+drain's last words have a second in all."""
 _LATE_WORD_SECONDS = 3.0
 """And after that, if there is time."""
 _JOB_ID = "{job_id}"
@@ -88,6 +88,11 @@ class RecordedLease:
     def expires_after(self) -> float:
         """As the queue says."""
         return self._lease.expires_after
+
+    @property
+    def extend_every(self) -> float | None:
+        """As the queue's."""
+        return self._lease.extend_every
 
     @property
     def spends_tries(self) -> bool:
@@ -215,11 +220,26 @@ class RecordedLease:
         return False
 
     async def withdraw(self) -> None:
-        """As `Lease.withdraw`."""
-        if self._record.state == "cancelled":
-            with anyio.move_on_after(_LAST_WORD_SECONDS):
-                await self._write(lambda record: record.withdrawn(self._now()))
+        """As `Lease.withdraw`: the record says already that nobody wants it, so the message does not wait for it."""
+        noted = await self._note_withdrawal(_LAST_WORD_SECONDS)
         await end(self._lease, self._stored, self._webhook(), self._context)
+        if not noted:
+            await self._note_withdrawal(_LATE_WORD_SECONDS)
+
+    async def _note_withdrawal(self, seconds: float) -> bool:
+        """Whether the record says that our attempt has ended, or is none of ours, within so many seconds."""
+        with anyio.move_on_after(seconds):
+            try:
+                await self._context.records.update(self.job.id, self._withdrawn)
+            except (StoreError, DamagedRecordError) as error:
+                self._context.on_fault("record_not_written", error=str(error))
+            else:
+                return True
+        return False
+
+    def _withdrawn(self, found: Record) -> Record | None:
+        """The record without our attempt, whoever else has written it meanwhile."""
+        return found.withdrawn(self._now()) if self._is_ours(found) and found.state == "cancelled" else None
 
     def _refuse_cancelled(self) -> None:
         if self._record.state == "cancelled":

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from heeler.config import Settings
 from heeler.errors import UsageError
 from heeler.records.announce import Announcer
 from heeler.records.lease import Context
 from heeler.records.source import RecordedSource
 from heeler.records.store import RecordStore
+from heeler.settings import Settings
 from heeler.sources.base import Source
 from heeler.sources.facts import RecordableSource
 from heeler.webhook import Webhooks

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from heeler.config import Settings
 from heeler.errors import UnavailableError, UsageError
 from heeler.job import InvalidJobError
+from heeler.settings import Settings
 from heeler.sources.base import Machine, Source, SourceUnavailableError
 
 _GROUP = "heeler.sources"
-_LATER = {"kelpie"}
 FaultSink = Callable[..., None]
 
 
@@ -28,8 +27,8 @@ def _nobody(_event: str, **_fields: object) -> None:
 _SALAD_SETS = ("SALAD_MACHINE_ID", "SALAD_CONTAINER_GROUP_ID")
 """What SaladCloud always sets (PROTOCOLS 2)."""
 _NO_SOURCE = (
-    "no source of jobs: set --source (or HEELER_SOURCE) to sqs or salad, or to local:FOLDER for a queue in a folder,"
-    " or give one job with --job FILE (or HEELER_JOB)"
+    "no source of jobs: set --source (or HEELER_SOURCE) to sqs, salad or kelpie, or to local:FOLDER for a queue in a"
+    " folder, or give one job with --job FILE (or HEELER_JOB)"
 )
 
 
@@ -64,6 +63,8 @@ def guess_source(environ: Mapping[str, str], settings: Settings) -> str | None:
         return "once"
     if settings.sqs_queue_url is not None:
         return "sqs"
+    if settings.kelpie_api_key is not None:
+        return "kelpie"
     return "salad" if any(environ.get(name) for name in _SALAD_SETS) else None
 
 
@@ -93,6 +94,12 @@ def open_source(request: SourceRequest) -> Source:
             from heeler.sources.salad import SaladSource  # noqa: PLC0415 - it brings gRPC
 
             return SaladSource(request)
+        if name == "kelpie":
+            from heeler.sources.kelpie import KelpieSource  # noqa: PLC0415
+
+            if address:
+                raise UsageError(f"source kelpie takes no address: leave out {address!r}, and set --kelpie-url")
+            return KelpieSource(request)
         if name == "sqs":
             from heeler.sources.sqs import SqsSource  # noqa: PLC0415 - it brings boto
 
@@ -115,7 +122,5 @@ def _from_entry_point(name: str, request: SourceRequest) -> Source:
     for entry in entry_points(group=_GROUP, name=name):
         source: Source = entry.load()(request)
         return source
-    if name in _LATER:
-        raise UsageError(f"source {name!r} is not supported by this version yet; use sqs, salad, local:FOLDER or once")
-    known = ["local:FOLDER", "once", "salad", "sqs", *(entry.name for entry in entry_points(group=_GROUP))]
+    known = ["kelpie", "local:FOLDER", "once", "salad", "sqs", *(entry.name for entry in entry_points(group=_GROUP))]
     raise UsageError(f"unknown source {name!r}; known are {', '.join(known)}")

@@ -68,6 +68,14 @@ class Lease(Protocol):
         ...
 
     @property
+    def extend_every(self) -> float | None:
+        """Seconds from one extension to the next, where the queue wants to hear of us at a pace of its own.
+
+        None leaves it to whoever keeps the lease: a third of `expires_after`.
+        """
+        ...
+
+    @property
     def spends_tries(self) -> bool:
         """Whether each `retry` spends one of few tries of the queue: a transient failure is tried again here first."""
         ...

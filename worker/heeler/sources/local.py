@@ -65,6 +65,11 @@ class LocalLease:
         return self._taken.lease_seconds
 
     @property
+    def extend_every(self) -> float | None:
+        """As `Lease.extend_every`: by how long it lasts."""
+        return None
+
+    @property
     def spends_tries(self) -> bool:
         """Failures are counted as the job asks, and interruptions cost nothing."""
         return False

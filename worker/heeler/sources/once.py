@@ -74,6 +74,11 @@ class OnceLease:
         return math.inf
 
     @property
+    def extend_every(self) -> float | None:
+        """As `Lease.extend_every`: by how long it lasts."""
+        return None
+
+    @property
     def spends_tries(self) -> bool:
         """Failures are counted as the job asks, and interruptions cost nothing."""
         return False

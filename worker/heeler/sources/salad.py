@@ -62,6 +62,11 @@ class SaladLease:
         return self._source.silence + _GRACE_SECONDS
 
     @property
+    def extend_every(self) -> float | None:
+        """As `Lease.extend_every`: by how long it lasts."""
+        return None
+
+    @property
     def spends_tries(self) -> bool:
         """There are four in all, and every `RejectJob` spends one."""
         return True

@@ -124,9 +124,9 @@ class Records:
     async def _save(self, path: Path, fields: dict[str, Any], body: bytes) -> None:
         try:
             if len(body) > _THREAD_BYTES:
-                await anyio.to_thread.run_sync(_replace, path, fields, body)
+                await anyio.to_thread.run_sync(replace_file, path, fields, body)
             else:
-                _replace(path, fields, body)
+                replace_file(path, fields, body)
         except OSError as error:
             self._on_fault("record_failed", path=str(path), error=error.strerror or str(error))
 
@@ -158,7 +158,8 @@ def decode(data: bytes) -> tuple[dict[str, Any], bytes]:
     return json.loads(content[start:end]), content[end:]
 
 
-def _replace(path: Path, fields: dict[str, Any], body: bytes) -> None:
+def replace_file(path: Path, fields: dict[str, Any], body: bytes) -> None:
+    """Put a record in the place of the one that a file holds: never half of it. Blocks."""
     temporary = f"{path}.tmp"
     with open(temporary, "wb", buffering=0, opener=_private) as file:
         left = memoryview(encode(fields, body))

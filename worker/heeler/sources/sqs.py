@@ -14,10 +14,10 @@ from weakref import WeakValueDictionary
 
 import anyio
 
-from heeler.config import Settings
 from heeler.errors import UnavailableError, UsageError
 from heeler.job import InvalidJobError, Result
 from heeler.lease import boot_clock
+from heeler.settings import Settings
 from heeler.sources import SourceRequest
 from heeler.sources.base import LeaseLostError, SourceUnavailableError, Verdict
 from heeler.sources.sqs_batch import Batcher, enough

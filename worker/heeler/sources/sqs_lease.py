@@ -131,6 +131,11 @@ class SqsLease:
         )
 
     @property
+    def extend_every(self) -> float | None:
+        """As `Lease.extend_every`: by how long it lasts."""
+        return None
+
+    @property
     def spends_tries(self) -> bool:
         """With a redrive policy every receive is one of few; without one, a rest costs nothing."""
         return self._queue.dead.receives is not None

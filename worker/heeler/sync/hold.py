@@ -8,8 +8,8 @@ from pathlib import Path
 
 import anyio
 
-from heeler.config import Settings
 from heeler.errors import UsageError
+from heeler.settings import Settings
 from heeler.sync.place import FailedError, Place, held_by_job, holder_name
 from heeler.sync.voice import Voice
 from heeler_sync.errors import NotNowError, ObjectNotFoundError

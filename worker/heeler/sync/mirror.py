@@ -7,7 +7,7 @@ from pathlib import Path
 
 import anyio
 
-from heeler.config import Settings
+from heeler.settings import Settings
 from heeler.sync.compare import everything
 from heeler.sync.place import FailedError, Place
 from heeler.sync.voice import Amount, Voice, count, size

@@ -13,9 +13,9 @@ from typing import NoReturn
 import anyio
 
 from heeler import signals
-from heeler.config import Settings
 from heeler.errors import HeelerError, UnavailableError, UsageError
 from heeler.memory import share_freed_memory
+from heeler.settings import Settings
 from heeler.storage import stores
 from heeler.sync.voice import Voice
 from heeler_sync.errors import (

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import anyio
 
-from heeler.config import Configuration, Settings
+from heeler.config import Configuration
 from heeler.errors import UsageError
 from heeler.rooms import Rooms
+from heeler.settings import Settings
 from heeler.sync.place import MIRROR, FailedError, Place, open_place, run
 from heeler.sync.state import open_index
 from heeler.sync.voice import Amount, Voice, count, size, when

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import anyio
 
-from heeler.config import Configuration, Settings
+from heeler.config import Configuration
+from heeler.settings import Settings
 from heeler.sync.compare import Comparison, Memory, everything, in_common, look
 from heeler.sync.hold import PERMIT, Hold, check_source, claim_on, commit, take
 from heeler.sync.mirror import push_mirror

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import anyio
 import anyio.to_thread
 
-from heeler.config import Configuration, Settings
+from heeler.config import Configuration
 from heeler.errors import UsageError
+from heeler.settings import Settings
 from heeler.sync.place import FailedError, Place, holder_name, open_place, run
 from heeler.sync.voice import Amount, Voice, count, size, when
 from heeler_sync.errors import DamagedHeadError

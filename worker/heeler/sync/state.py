@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from heeler.config import Settings
+from heeler.settings import Settings
 from heeler_sync.snapshot.index import FileIndex, MemoryIndex, SqliteIndex
 from heeler_sync.snapshot.uploads import NoUploads, SqliteUploads, Uploads
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import anyio
 
-from heeler.config import Configuration, Settings
+from heeler.config import Configuration
 from heeler.errors import UsageError
+from heeler.settings import Settings
 from heeler.sync.compare import everything, in_common, look
 from heeler.sync.hold import PERMIT, Hold, check_source, claim_on, take
 from heeler.sync.mirror import in_storage, mirror_context, refuse_beside_generations
