@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
+
+from heeler_sync.errors import LocalFileError
 
 
 def unnoted(_targets: list[Path]) -> None:
@@ -29,24 +29,21 @@ def move_apart(
 
     Returns:
         Where each is now; None, and all as it was, where that can't be done (a mount point, a folder of others).
+
+    Raises:
+        LocalFileError: It could be done in part only, and not be undone.
     """
-    targets = {folder: _free(folder, name) for folder in folders}
-    note([*targets.values()])
     moved: dict[Path, Path] = {}
-    for folder, target in targets.items():
-        moved[folder] = target
-        try:
+    try:
+        targets = {folder: _free(folder, name) for folder in folders}
+        note([*targets.values()])
+        for folder, target in targets.items():
+            moved[folder] = target
             _move(folder, target)
-        except OSError:
-            _move_back(moved)
-            return None
+    except OSError:
+        _move_back(moved)
+        return None
     return moved
-
-
-def remove_apart(moved: Iterable[Path]) -> None:
-    """What was moved is in storage now."""
-    for folder in moved:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _move(folder: Path, target: Path) -> None:
@@ -81,11 +78,12 @@ def _move_back(moved: dict[Path, Path]) -> None:
     for folder, target in moved.items():
         if not target.exists():
             continue
-        with suppress(OSError):
-            folder.rmdir()
-        with suppress(OSError):
+        try:
             if folder.exists():
                 _move_all(target, folder)
                 target.rmdir()
             else:
                 target.rename(folder)
+        except OSError as error:
+            words = f"was to be set apart, and a part of it can't be brought back from {target}: {error.strerror}"
+            raise LocalFileError(str(folder), words) from None

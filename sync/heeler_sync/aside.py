@@ -9,23 +9,44 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+import time
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from heeler_sync.errors import FolderBusyError, LocalFileError
 from heeler_sync.paths import NOT_A_FILE_OF_THE_JOB, OWN_FOLDER
 from heeler_sync.tree import Stamp
 
+_LOOKS = 3
+_LOOK_SECONDS = 0.01
 
-def locked_folder(root: Path) -> AbstractContextManager[None]:
-    """Hold a folder, which is created if it is not there, against other processes of this machine.
 
-    Returns:
-        A context that lets go of it when it ends; the kernel does when we die.
+class FolderLock(AbstractContextManager["FolderLock"]):
+    """A folder that is ours, wherever it is moved; let go of at the end of the block, or when we die."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def is_of(self, folder: Path) -> bool:
+        """Whether it is this folder's."""
+        return self._descriptor >= 0 and os.path.samestat(os.fstat(self._descriptor), folder.stat())
+
+    def release(self) -> None:
+        """Let others have it."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __exit__(self, *_error: object) -> None:
+        self.release()
+
+
+def locked_folder(root: Path) -> FolderLock:
+    """Hold a folder, which is created if it is not there, against other processes and sessions of this machine.
 
     Raises:
-        FolderBusyError: Another process holds it.
+        FolderBusyError: Another holds it.
         LocalFileError: It can't be created.
     """
     try:
@@ -35,21 +56,35 @@ def locked_folder(root: Path) -> AbstractContextManager[None]:
         raise LocalFileError(str(root), "is not a folder") from None
     except OSError as error:
         raise LocalFileError(str(root), f"cannot be used: {error.strerror}") from None
+    for _ in range(_LOOKS):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return FolderLock(descriptor)
+        except BlockingIOError:
+            time.sleep(_LOOK_SECONDS)  # somebody may only be looking, as `_is_held` does
+    os.close(descriptor)
+    raise FolderBusyError(str(root))
+
+
+def _is_held(folder: str) -> bool:
+    """Whether somebody holds it now, a session of ours included."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
-        raise FolderBusyError(str(root)) from None
-    return _closed_at_the_end(descriptor)
-
-
-@contextmanager
-def _closed_at_the_end(descriptor: int) -> Iterator[None]:
-    """Close a descriptor when the block ends."""
-    try:
-        yield
+        return True
+    else:
+        return False
     finally:
         os.close(descriptor)
+
+
+def _holds_held(folder: str) -> bool:
+    """Whether a folder below it is held."""
+    return any(_is_held(os.path.join(path, name)) for path, names, _ in os.walk(folder) for name in names)  # noqa: PTH118
 
 
 def move_aside(root: Path, keep: Collection[str], nested: Collection[Path]) -> int:
@@ -58,7 +93,7 @@ def move_aside(root: Path, keep: Collection[str], nested: Collection[Path]) -> i
     Args:
         root: The folder; it is created if it is not there.
         keep: Relative paths of files that stay.
-        nested: Folders below `root` that others look after; they stay whole.
+        nested: Folders below `root` that others look after; they stay whole, as do those that somebody holds.
 
     Returns:
         How many files, links and folders were moved.
@@ -95,9 +130,12 @@ def _move_from(root: Path, prefix: str, stay: Collection[str], ancestors: Collec
         relative = prefix + entry.name
         if relative in NOT_A_FILE_OF_THE_JOB or (relative in stay and not entry.is_symlink()):
             continue
-        if relative in ancestors and entry.is_dir(follow_symlinks=False):
-            moved += _move_from(root, relative + "/", stay, ancestors, aside)
-            continue
+        if entry.is_dir(follow_symlinks=False):
+            if _is_held(entry.path):
+                continue  # another job's, which runs or uploads
+            if relative in ancestors or _holds_held(entry.path):
+                moved += _move_from(root, relative + "/", stay, ancestors, aside)
+                continue
         target = aside / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         Path(entry.path).rename(target)
@@ -114,8 +152,11 @@ def remove_incoming(root: Path) -> None:
         return  # files that were moved aside are in it
 
 
-def remove_stored(root: Path, stored: Mapping[str, Stamp]) -> None:
-    """Remove files that are in storage and unchanged since, then the folders below `root` that this leaves empty."""
+def remove_stored(root: Path, stored: Mapping[str, Stamp], others: Collection[Path] = ()) -> None:
+    """Remove files that are in storage and unchanged since, then the folders below `root` that this leaves empty.
+
+    Folders in `others` and what is below them stay.
+    """
     for relative, stamp in stored.items():
         path = root / relative
         try:
@@ -125,7 +166,7 @@ def remove_stored(root: Path, stored: Mapping[str, Stamp]) -> None:
             continue  # gone, or not ours to remove: the next preparation of the folder moves it aside
     for folder, _, _ in os.walk(root, topdown=False):
         try:
-            if Path(folder) != root:
+            if Path(folder) != root and not any(Path(folder).is_relative_to(other) for other in others):
                 Path(folder).rmdir()
         except OSError:
             continue  # something is still in it

@@ -63,11 +63,14 @@ class Mirror:
         stored: dict[str, Stored] | None = None,
         *,
         deletes: bool = True,
+        owes: bool = False,
     ) -> None:
         """Args: `stored` is what storage is known to hold below `location`, by relative path.
 
-        With `deletes` the objects of files that go are deleted.
+        With `deletes` the objects of files that go are deleted. What the folder holds at the end may be owed: then a
+        file that goes before it is sent is a refusal.
         """
+        self._owes = owes
         self.root = root
         self._include = include
         self._context = context
@@ -269,6 +272,12 @@ class Mirror:
             self._unscanned = False
             self._settler.renew_deletions()
 
+    def _miss(self, relative: str) -> None:
+        """A file that was to be sent is gone."""
+        if self._owes and self._captured and self._sender.refusal is None:
+            self._sender.refusal = LocalFileError(str(self.root / relative), "is gone, and the job owes it")
+        self._note_gone(relative)
+
     def _note_gone(self, relative: str) -> None:
         self._seen.pop(relative, None)
         if relative in self._unseen:  # of a folder that stood here before: not ours to delete
@@ -301,7 +310,7 @@ class Mirror:
                 self._settler.postpone(relative, now)
                 self._next_scan = now
             elif state is None:
-                self._note_gone(relative)
+                self._miss(relative)
             elif isinstance(state, str):
                 self._note_left_out(relative, state)
                 self._note_gone(relative)
@@ -328,7 +337,7 @@ class Mirror:
         if ended is Ended.DURABLE and stored is not None:
             self._stored[relative] = stored
         elif ended is Ended.GONE:
-            self._note_gone(relative)
+            self._miss(relative)
         newer = self._seen.get(relative, settled) != settled  # a scan saw it meanwhile, without an event
         if (ended is Ended.CHANGED or newer) and self._may_take_newer() and not self._settler.is_dirty(relative):
             self._settler.changed(relative, anyio.current_time(), closed=self._captured)

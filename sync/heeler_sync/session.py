@@ -14,16 +14,16 @@ Every method raises `SyncError` and its kinds; when one returns, what it promise
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anyio
 
-from heeler_sync.apart import move_apart, remove_apart, unnoted
-from heeler_sync.aside import locked_folder, move_aside, remove_stored
+from heeler_sync.apart import move_apart, unnoted
+from heeler_sync.aside import FolderLock, locked_folder, move_aside, remove_stored
 from heeler_sync.errors import FolderBusyError, LocalFileError
 from heeler_sync.events import EventSink
 from heeler_sync.groups import background
@@ -87,7 +87,7 @@ class Session:
             SnapshotContext(chosen.times, permit, on_event, self.progress, chosen.index, chosen.spool, chosen.uploads),
             self._policy,
         )
-        self._locks = ExitStack()
+        self._locks: dict[Path, FolderLock] = {}
         self._apart: dict[Path, Path] = {}
 
     async def restore(self) -> None:
@@ -98,7 +98,7 @@ class Session:
             SyncError: It can't be had; the program must not start.
         """
         for root in self._plan.roots():
-            self._locks.enter_context(await in_thread(locked_folder, root))
+            self._locks[root] = await in_thread(locked_folder, root)
         await self._snapshots.acquire()
         restore = Restore(self._retrying_store_of, self._policy, self.progress, self._on_event)
         snapshots = [folder for folder in self._plan.before if folder.snapshot]
@@ -184,15 +184,30 @@ class Session:
         Returns:
             Whether that could be done. Else all is as it was.
         """
-        if not self._plan.after or any(folder.snapshot for folder in self._plan.after):
+        folders = [*dict.fromkeys(folder.path for folder in self._plan.after)]
+        nested = any(one != other and one.is_relative_to(other) for one in folders for other in folders)
+        if not folders or nested or any(folder.snapshot for folder in self._plan.after):
             return False
-        moved = await in_thread(move_apart, dict.fromkeys(folder.path for folder in self._plan.after), name, note)
+        moved = await in_thread(move_apart, folders, name, note)
         if moved is None:
             return False
         self._apart = moved
         await self._remove_stored()
-        self._locks.close()
+        await in_thread(self._keep_only, moved)
         return True
+
+    def _keep_only(self, moved: Mapping[Path, Path]) -> None:
+        """Hold what was moved, and nothing else."""
+        held = {}
+        for folder, target in moved.items():
+            lock = self._locks[folder]
+            if lock.is_of(target):
+                del self._locks[folder]
+                held[target] = lock
+            else:
+                held[target] = locked_folder(target)
+        self.close()
+        self._locks = held
 
     async def publish(self) -> None:
         """Upload the `after` folders as they are.
@@ -219,12 +234,13 @@ class Session:
 
     async def discard(self) -> None:
         """Remove from disk what is in storage unchanged, and folders that are empty then; all else stays."""
-        if self._apart:
-            await in_thread(remove_apart, self.apart)
-        else:
-            await self._remove_stored()
+        await self._remove_stored(self.apart or None)
+        for folder in self.apart:
+            with suppress(OSError):  # what is not in storage is still in it
+                await in_thread(folder.rmdir)
 
-    async def _remove_stored(self) -> None:
+    async def _remove_stored(self, only: Collection[Path] | None = None) -> None:
+        """Args: `only` of these folders; of all, but for what was set apart, if there is none."""
         kept: dict[Path, dict[str, Stamp]] = {}
         for folder in self._plan.before:
             found = self._restored.known(folder)
@@ -236,11 +252,16 @@ class Session:
             held = snapshot.stored
             kept.setdefault(snapshot.root, {}).update({path: known.stamp for path, known in held.items()})
         for root, stamps in kept.items():
-            await in_thread(remove_stored, root, stamps)
+            if only is None:
+                await in_thread(remove_stored, root, stamps, self.apart)
+            elif root in only:
+                await in_thread(remove_stored, root, stamps)
 
     def close(self) -> None:
         """Let others use the folders. Nothing of the session may be used afterwards."""
-        self._locks.close()
+        for lock in self._locks.values():
+            lock.release()
+        self._locks = {}
 
     @staticmethod
     async def _finish(mirrors: list[Mirror]) -> None:
@@ -262,20 +283,22 @@ class Session:
             if (entry.location, entry.path) == (folder.location, folder.path):
                 known |= mirror.stored
         path = self._apart.get(folder.path, folder.path)
-        return self._mirror(folder, path, known, deletes=False)
+        return self._mirror(folder, path, known, deletes=False, owes=True)
 
     def _empty(self, spare: Path, roots: list[Path]) -> None:
         if any(spare.is_relative_to(root) for root in roots):
             return  # a restore saw to it
         try:
-            with locked_folder(spare):
-                move_aside(spare, (), [root for root in roots if root.is_relative_to(spare)])
+            self._locks[spare] = locked_folder(spare)
+            move_aside(spare, (), [root for root in roots if root.is_relative_to(spare)])
         except (FolderBusyError, LocalFileError) as error:
             self._on_event("folder_not_emptied", {"folder": str(spare), "error": str(error)})
 
-    def _mirror(self, folder: SyncFolder, path: Path, known: dict[str, Stored], *, deletes: bool) -> Mirror:
+    def _mirror(
+        self, folder: SyncFolder, path: Path, known: dict[str, Stored], *, deletes: bool, owes: bool = False
+    ) -> Mirror:
         store = self._store_of(folder)
-        return Mirror(store, folder.location, path, folder.include, self._context, known, deletes=deletes)
+        return Mirror(store, folder.location, path, folder.include, self._context, known, deletes=deletes, owes=owes)
 
     def unsent_files(self) -> set[Path]:
         """The files that are mirrored and have a state that is not durable yet."""

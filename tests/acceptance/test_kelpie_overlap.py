@@ -319,3 +319,35 @@ def test_the_machine_costs_most_to_delete_while_outputs_upload_and_nothing_when_
         kelpie.tell("go")
         kelpie.wait_status("completed", second)
         eventually(lambda: machine.deletion_cost == 0, "it is idle")
+
+
+@pytest.mark.parametrize("inside", ["results", "{job_id}"])
+def test_outputs_inside_a_folder_that_the_next_job_empties_are_all_stored(kelpie: KelpieWorld, inside: str) -> None:
+    hold = kelpie.storage.faults.add(Stall(at="before"), method="PUT", key="first/*")
+    script = 'mkdir -p "$HEELER_OUTPUT_DIR"; for i in $(seq 60); do echo $i > "$HEELER_OUTPUT_DIR/$i"; done\n'
+    jobs = []
+    for name, more in (("first", ""), ("second", "touch $W/second")):
+        entry = {"bucket": BUCKET, "prefix": name, "local_path": f"output/{inside}", "direction": "upload"}
+        jobs.append(kelpie.submit(kelpie.bash(script + more), sync={"after": [entry]}))
+    with kelpie.worker() as worker:
+        hold.wait_held()
+        kelpie.told("second")  # its folders are prepared, and most of the first one's outputs are not sent
+        hold.release()
+        for job in jobs:
+            kelpie.wait_status("completed", job)
+        worker.wait_for("job_settled", count=2)
+    for name in ("first", "second"):
+        assert set(kelpie.keys(f"{name}/")) == {f"{name}/{number}" for number in range(1, 61)}
+
+
+def test_jobs_side_by_side_do_not_empty_one_anothers_folders(kelpie: KelpieWorld) -> None:
+    program = kelpie.bash(
+        "touch $CHECKPOINT_DIR/$KELPIE_JOB_ID $W/$KELPIE_JOB_ID; while ! test -e $W/go; do sleep 0.01; done\n"
+        "test -e $CHECKPOINT_DIR/$KELPIE_JOB_ID"
+    )
+    jobs = [kelpie.submit(program) for _ in range(2)]
+    with kelpie.worker("--concurrency", "2"):
+        eventually(lambda: all((kelpie.folder / job).exists() for job in jobs), "both run at once")
+        kelpie.tell("go")
+        for job in jobs:
+            kelpie.wait_status("completed", job)

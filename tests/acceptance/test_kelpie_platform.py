@@ -77,6 +77,20 @@ def test_between_jobs_the_container_is_made_anew_once_all_is_told(kelpie: Kelpie
         assert worker.wait() == 0
 
 
+def test_a_container_whose_program_interrupted_itself_is_made_anew_too(kelpie: KelpieWorld) -> None:
+    first = kelpie.submit(kelpie.bash("echo >> $W/ran; exit 75"))
+    second = kelpie.submit(kelpie.bash("touch $W/second"))
+    with kelpie.worker(KELPIE_RECREATE_BETWEEN_JOBS="true") as worker:
+        worker.wait_for("recreation_asked")
+        assert worker.find("job_settled")[0]["outcome"] == "release"
+        assert kelpie.server.job(first)["status"] != "completed"
+        assert kelpie.server.job(second)["status"] == "pending"
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+    assert (kelpie.folder / "ran").read_text() == "\n"
+    assert not (kelpie.folder / "second").exists()
+
+
 def test_the_state_file_tells_programs_what_is_under_way(kelpie: KelpieWorld) -> None:
     kelpie.storage.faults.add(Slow(up=2 * MIB), operation="PutObject")
     program = kelpie.bash(
@@ -151,6 +165,7 @@ def test_wrong_settings_are_one_line_with_the_name_of_the_variable(kelpie: Kelpi
         (elsewhere, 64, "SALAD_CONTAINER_GROUP_ID"),
         ({**base, "KELPIE_API_KEY": "", "SALAD_API_KEY": "key"}, 64, "SALAD_PROJECT_NAME"),
         ({**elsewhere, "SALAD_CONTAINER_GROUP_ID": "", "KELPIE_RECREATE_BETWEEN_JOBS": "true"}, 64, "SALAD_CONTAINER"),
+        ({**base, "KELPIE_RECREATE_BETWEEN_JOBS": "true", "HEELER_MAX_JOBS": "2"}, 64, "--max-jobs"),
         ({**base, "KELPIE_RECREATE_BETWEEN_JOBS": "maybe"}, 64, "KELPIE_RECREATE_BETWEEN_JOBS"),
         ({**base, "HEARTBEAT_INTERVAL_S": "often"}, 64, "HEARTBEAT_INTERVAL_S"),
         ({**base, "KELPIE_API_URL": "http://127.0.0.1:9", "HEELER_STARTUP_TIMEOUT": "0"}, 69, "http://127.0.0.1:9"),

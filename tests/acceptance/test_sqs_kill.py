@@ -97,9 +97,12 @@ class Machines:
         self.workers[slot] = self._start(slot)
         return phases(worker)
 
-    def aim(self, rng: random.Random) -> int:
-        """The worker to kill: one that has just entered a phase, if one does so in time; else any."""
-        wanted = rng.choice(list(PHASES))
+    def aim(self, rng: random.Random, hits: Counter[str]) -> int:
+        """The worker to kill: one that has just entered a phase, if one does so in time; else one that has begun.
+
+        A phase that was not hit yet comes before those that were.
+        """
+        wanted = rng.choice([phase for phase in PHASES if phase not in hits] or list(PHASES))
         since = [len(worker.find("phase")) for worker in self.workers]
         give_up = time.monotonic() + _AIM_SECONDS
         while time.monotonic() < give_up:
@@ -108,7 +111,8 @@ class Machines:
                     time.sleep(rng.uniform(0, PHASES[wanted]))
                     return slot
             time.sleep(0.01)
-        return rng.randrange(WORKERS)
+        begun = [slot for slot, worker in enumerate(self.workers) if worker.find("job_received")]
+        return rng.choice(begun or range(WORKERS))
 
     def close(self) -> None:
         for worker in self.workers:
@@ -225,7 +229,7 @@ def test_jobs_survive_sigkills_and_a_queue_that_fails_with_one_result_each(seed:
                 assert time.monotonic() - began < _GIVE_UP_SECONDS, f"{len(world.left())} left\n{world.left()[:5]}"
                 if kills < KILLS and time.monotonic() >= next_kill:
                     next_kill += _BETWEEN_KILLS
-                    hits += machines.kill(machines.aim(rng))
+                    hits += machines.kill(machines.aim(rng, hits))
                     kills += 1
                 time.sleep(0.2)
             took = time.monotonic() - began

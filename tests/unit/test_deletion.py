@@ -92,13 +92,56 @@ async def test_the_next_job_begins_again_though_nothing_was_told_between(attempt
     assert machine.costs == [(0, 0), (10, 1), (40, 2), (70, 1), (100, 2)]
 
 
+async def test_of_two_jobs_the_longest_counts_when_the_other_ends() -> None:
+    """As with overlap: the outputs of one upload while the next runs."""
+    async with following() as (machine, status):
+        with status.lane():
+            status.take("long", 1)
+            status.enter(Phase.RUN)
+            await anyio.sleep(10 * BEAT + 5)
+            async with anyio.create_task_group() as group:
+                group.start_soon(_short_job, status)
+            await anyio.sleep(1)
+            assert machine.costs[-1] == (10 + 12 * int(BEAT) + 5, 13)
+            status.drop()
+        await anyio.sleep(2)
+        assert machine.costs[-1][1] == 0
+
+
+async def _short_job(status: Status) -> None:
+    with status.lane():
+        status.take("short", 1)
+        status.enter(Phase.RUN)
+        await anyio.sleep(BEAT)
+        status.enter(Phase.UPLOAD)
+        await anyio.sleep(BEAT)
+        status.drop()
+
+
+async def test_the_first_of_two_ends_and_the_second_keeps_its_own_beginning() -> None:
+    async with following() as (machine, status):
+        status.take("first", 1)
+        status.enter(Phase.RUN)
+        await anyio.sleep(2 * BEAT)
+        with status.lane():
+            status.take("second", 1)
+            status.enter(Phase.RUN)
+            await anyio.sleep(BEAT * 4 + 5)
+            first = status.lanes[0]
+            first.job_id, first.phase = None, Phase.RECEIVE
+            status.enter(Phase.RUN)
+            await anyio.sleep(2)
+            assert machine.costs[-1][1] == 5
+            status.drop()
+
+
 async def test_a_job_of_ten_years_stays_below_a_final_upload() -> None:
     async with following() as (machine, status):
         deletion = DeletionCost(cast(Imds, machine), status)
         status.take("job", 1)
         status.on_change.append(deletion._note)
         deletion._note()
-        deletion._since -= 1e15
+        deletion._since["job", 1] -= 1e15
         assert deletion._cost() == FINAL_UPLOAD - 1
         status.on_change.remove(deletion._note)
 

@@ -375,6 +375,37 @@ async def test_max_jobs_counts_jobs_that_ended_not_interruptions() -> None:
     assert [lease.how for lease in leases] == [["release"], ["complete"], ["fail"], []]
 
 
+@pytest.mark.parametrize("outcome", [Outcome.DONE, Outcome.RETRY, Outcome.FAIL, Outcome.RELEASE, Outcome.LOST])
+@pytest.mark.parametrize("how", [{}, {"overlap": True}, {"concurrency": 3}], ids=["plain", "overlap", "concurrency"])
+async def test_once_ends_after_a_job_whose_program_ran_however_it_ended(outcome: Outcome, how: dict[str, Any]) -> None:
+    leases = [ScriptedLease(), ScriptedLease()]
+    world = World(*leases, delivery=ended(outcome, whole=True), verdict=None, once=True, **how)
+    await world.run()
+    assert len(world.delivery.delivered) == 1
+    assert leases[1].how == []
+    assert world.forwarder.used
+    assert world.source.paused, "the queue knows before the job is settled that no other is wanted"
+
+
+async def test_once_goes_on_after_jobs_whose_programs_never_ran() -> None:
+    poison, unreachable, good, other = (
+        ScriptedLease(job=Job("p", b"poison")),
+        ScriptedLease(),
+        ScriptedLease(),
+        ScriptedLease(),
+    )
+    faults = [TRANSIENT]
+
+    async def restore() -> None:
+        if faults:
+            raise faults.pop()
+
+    world = World(poison, unreachable, good, other, hooks={"restore": restore}, verdict=None, once=True)
+    await world.run()
+    assert [lease.how for lease in (poison, unreachable, good, other)] == [["fail"], ["release"], ["complete"], []]
+    assert world.forwarder.used
+
+
 async def test_it_ends_when_idle_for_so_long_and_each_job_starts_the_wait_again() -> None:
     world = World(None, ScriptedLease(), verdict=None, exit_when_idle=50.0)
     assert 50.9 <= await world.run() <= 52.0

@@ -193,6 +193,21 @@ def test_a_ready_file_belongs_to_a_snapshot() -> None:
     assert parse(command="true", sync={"during": [snapshot]}).sync.during[0].ready == "*/done"
 
 
+def test_a_snapshot_that_keeps_what_goes_is_refused_by_name() -> None:
+    for part in ("before", "during"):
+        refusal = fault({"command": "true", "sync": {part: [{**ENTRY, "mode": "snapshot", "deletes": False}]}})
+        assert refusal.field == f"sync.{part}.0"
+        assert refusal.reason.startswith("deletes false")
+    parse(command="true", sync={"during": [{**ENTRY, "mode": "snapshot", "deletes": True}]})
+    parse(command="true", sync={"during": [{**ENTRY, "deletes": False}]})
+
+
+def test_a_job_in_a_log_or_a_traceback_does_not_show_its_body() -> None:
+    assert repr(Job("j", b'{"environment": {"TOKEN": "hush"}}', index=3)) == (
+        "Job(id='j', target=None, headers={}, index=3)"
+    )
+
+
 @pytest.mark.parametrize("value", [False, None])
 def test_what_needs_a_record_may_be_said_to_be_off(value: object) -> None:
     parse(command="true", webhook=value, result_key=value)

@@ -153,7 +153,7 @@ entries = st.fixed_dictionaries(
         "mode": st.sampled_from(["mirror", "snapshot"]),
         "deletes": st.booleans(),
     },
-) | st.just({**SNAPSHOT})
+).filter(lambda entry: entry.get("mode") != "snapshot" or entry.get("deletes", True)) | st.just({**SNAPSHOT})
 documents = st.fixed_dictionaries(
     {"command": texts.filter(bool)},
     optional={

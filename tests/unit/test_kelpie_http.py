@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from heeler.errors import UsageError
 from heeler.http import Answer, NoAnswerError, TooLargeError
 from heeler.settings import Settings
 from heeler.sources.base import SourceUnavailableError
+from heeler.sources.kelpie_calls import Identity, KelpieCalls
 from heeler.sources.kelpie_http import (
     CallRefusedError,
     KelpieClient,
@@ -245,12 +246,72 @@ async def test_a_redirect_is_not_followed_and_the_setting_is_named(status: int) 
     assert len(wire.sent) == 1
 
 
-@pytest.mark.parametrize("body", [b"<html>not here", b"", b'"gone"', b'{"error": "Route Not Found"}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>not here",
+        b"",
+        b'"gone"',
+        b'{"error": "Route Not Found"}',
+        b'{"message": "no Route matched with those values"}',
+        b'{"error": "Not Found"}',
+        b'{"error": "Job not found"}',
+        b'{"message": ["Job not found"]}',
+        b'{"message": "Job not found on this server"}',
+    ],
+)
 async def test_a_404_of_somebody_else_says_nothing_of_a_job(body: bytes) -> None:
     kelpie, _ = client(answer(404, body))
     with pytest.raises(CallRefusedError, match="KELPIE_API_URL") as error:
         await kelpie.call("POST", "/jobs/a/heartbeat")
     assert error.value.status == 404
+
+
+@pytest.mark.parametrize("words", ["Job not found", "job not found", "JOB NOT FOUND"])
+async def test_that_there_is_no_such_job_only_the_api_says(words: str) -> None:
+    kelpie, _ = client(answer(404, {"error": "Not Found", "message": words}))
+    with pytest.raises(NoSuchJobError, match=words):
+        await kelpie.call("POST", "/jobs/a/heartbeat")
+
+
+GONE = answer(404, {"error": "Not Found", "message": "Job not found"})
+THERE = answer(200, {"id": "a", "status": "running"})
+CALLS: dict[str, Callable[[KelpieCalls], Awaitable[object]]] = {
+    "heartbeat": lambda calls: calls.heartbeat("a"),
+    "completed": lambda calls: calls.completed("a"),
+    "failed": lambda calls: calls.failed("a"),
+    "get": lambda calls: calls.job("a"),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(CALLS))
+async def test_that_a_job_is_gone_the_api_says_twice(kind: str) -> None:
+    kelpie, wire = client(GONE)
+    with pytest.raises(NoSuchJobError):
+        await CALLS[kind](KelpieCalls(kelpie, Identity("m", "g")))
+    assert [sent[:2] for sent in wire.sent[1:]] == [("GET", "/base/jobs/a")]
+
+
+@pytest.mark.parametrize("kind", sorted(CALLS))
+@pytest.mark.parametrize(
+    "second", [answer(503), answer(404, {"message": "no Route matched"}), NoAnswerError("", sent=True)]
+)
+async def test_a_job_that_is_said_to_be_gone_once_is_in_doubt(kind: str, second: Answer | Exception) -> None:
+    kelpie, _ = client(GONE, second)
+    with pytest.raises(SourceUnavailableError):
+        await CALLS[kind](KelpieCalls(kelpie, Identity("m", "g")))
+
+
+@pytest.mark.parametrize("kind", sorted(CALLS))
+async def test_a_job_that_is_shown_after_all_is_not_gone(kind: str) -> None:
+    kelpie, wire = client(GONE, THERE)
+    calls = KelpieCalls(kelpie, Identity("m", "g"))
+    if kind == "get":
+        assert (await calls.job("a")).status == "running"
+    else:
+        with pytest.raises(SourceUnavailableError, match="Job not found; but it shows that job"):
+            await CALLS[kind](calls)
+    assert len(wire.sent) == 2
 
 
 async def test_what_is_wrong_with_a_body_is_told_by_its_field() -> None:

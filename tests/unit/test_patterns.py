@@ -219,9 +219,72 @@ def test_any_text_is_a_pattern_or_is_refused_with_a_value_error(pattern: str, na
     compiled.search(name)
 
 
-def test_more_than_three_repetitions_of_anything_are_refused_by_name() -> None:
-    for text in (".*.*.*.*x", "a.+b.*c.*d.*e", "[^a]*.*.*.*x"):
-        with pytest.raises(ValueError, match=r"has more than 3 repetitions of anything, such as \.\*"):
+def test_repetitions_that_multiply_one_anothers_time_are_refused_by_name() -> None:
+    for text in (
+        *(
+            "a.*.*.*x",
+            "a.+b.*c.*d.*e",
+            "[^a]*.*.*.*x",
+            r"\w+\w+\w+x",
+            "^.*a.*b.*c.*d",
+            "a.*a.*[xy]",
+            "(?:a.*|b.*)a.*[xy]",
+        ),
+        *(
+            "a?" * 24 + "x",
+            "a?" * 60 + "x",
+            "a?" * 17 + "x",
+            "a{0,3}" * 12 + "x",
+            "(|a)" * 20 + "x",
+            "(?:a|a)" * 20 + "[xy]",
+        ),
+        *(
+            "a{0,900}a{0,900}x",
+            "(?:a?)" * 20 + "x",
+            "(?=" + "a?" * 20 + "x)",
+            "x|" + "a?" * 20 + "x",
+            "^" + "a?" * 30 + "x",
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"has repetitions that multiply one another's time") as refusal:
             compile_pattern(text)
-    for text in (".*/step-.*/.*bin", "[^/]+/[^/]+/[^/]+/[^/]+/x", r"\d+-\d+-\d+-\d+", ".{1,3}.{1,3}.{1,3}.{1,3}"):
-        compile_pattern(text)
+        assert str(refusal.value).startswith(repr(text))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *(".*/step-.*/.*bin", "[^/]+/[^/]+/[^/]+/[^/]+/x", r"\d+-\d+-\d+-\d+", ".{1,3}.{1,3}.{1,3}.{1,3}", ".*.*.*x"),
+        *(
+            "^a.*b.*c",
+            r"model.*step.*\.bin",
+            r"(\.gz)?(\.zst)?(\.b)?$",
+            "a?" * 16 + "x",
+            "a.*b.*c",
+            r"/.*/.*\.pt$",
+            r"step-\d+/.*\.(bin|json)$",
+        ),
+        *(
+            r"\.pt.*.*.*",
+            r"^[^/]*/.*/.*\.pt$",
+            r"(a|b|c)(d|e)(f|g)x",
+            "^a.*" + "a?" * 10 + "[xy]",
+            "^.*a.*[xy]",
+            "a.*[xy]",
+        ),
+        *(r"^(?=.*a)(?=.*b).*\.pt$", r"\w+\.x", "(ab)*x", "a" + "b?c" * 40 + "x", r"^\w+\w+[xy]", "a*b*c*d*x"),
+    ],
+)
+def test_what_is_quick_enough_on_the_longest_names_is_taken(pattern: str) -> None:
+    assert compile_pattern(pattern).flags & re.ASCII
+
+
+@pytest.mark.parametrize(
+    "pattern", [".*x", ".*?x", ".*.*?x|y", ".*^x", ".*$", ".*{a}x", ".*|x", ".+x", r"\.*x", ".*(?<=a)x"]
+)
+@pytest.mark.parametrize("name", ["", "x", "ax", "a\nx", "\nx", "y", "{a}x", "..x", "xa", "a\n"])
+def test_what_is_left_out_at_the_start_changes_nothing(pattern: str, name: str) -> None:
+    plain = re.compile(pattern.replace(".", r"[^\n\r\u2028\u2029]").replace(r"\[", "[").replace("$", r"\Z"))
+    if pattern == r"\.*x":
+        plain = re.compile(pattern)
+    assert (compile_pattern(pattern).search(name) is None) is (plain.search(name) is None)

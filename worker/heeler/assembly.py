@@ -42,6 +42,7 @@ _FAULTS = {
     "delete_retried",
     "file_left_out",
     "file_never_settles",
+    "folder_not_emptied",
     "folder_replaced",
     "generation_damaged",
     "object_replaced",
@@ -129,6 +130,8 @@ def check_moves(settings: Settings, imds: Imds | None) -> None:
             "--recreate-between-jobs (KELPIE_RECREATE_BETWEEN_JOBS) needs SaladCloud's metadata service,"
             " which is not here"
         )
+    if settings.recreate_between_jobs and settings.max_jobs is not None:
+        raise UsageError("--max-jobs and --recreate-between-jobs (KELPIE_RECREATE_BETWEEN_JOBS): set only one of them")
     if settings.move_when_idle and settings.exit_when_idle is not None:
         raise UsageError("--exit-when-idle and --move-when-idle (MAX_TIME_WITH_NO_WORK_S): set only one of them")
 
@@ -233,11 +236,12 @@ def make_forwarder(
         failures,
         rng=random.Random(),  # noqa: S311 - jitter
         retry_delay=settings.retry_delay,
-        max_jobs=1 if settings.recreate_between_jobs else settings.max_jobs,
+        max_jobs=settings.max_jobs,
         exit_when_idle=settings.move_when_idle or settings.exit_when_idle,
         concurrency=settings.concurrency,
         tries=settings.app_tries,
         overlap=overlap,
+        once=settings.recreate_between_jobs,
     )
 
 

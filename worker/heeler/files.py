@@ -174,7 +174,7 @@ class JobFiles:
     async def discard(self) -> None:
         """As `Files.discard`."""
         await self._session.discard()
-        if self._session.apart:
+        if self._session.apart and not await in_thread(_any_there, self._session.apart):
             await in_thread(self._leftovers.drop, self._name)
 
     async def reserve(self) -> float:
@@ -318,3 +318,7 @@ def _environment(plan: Plan, job_id: str, settings: Settings, wanted: Wanted) ->
         **{name: str(path) for name, path in plain.items()},
         **{f"HEELER_{name}": str(path) for name, path in folders.items()},
     }
+
+
+def _any_there(folders: list[Path]) -> bool:
+    return any(folder.exists() for folder in folders)

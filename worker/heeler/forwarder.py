@@ -56,6 +56,7 @@ class Forwarder:
         concurrency: int = 1,
         tries: int = 1,
         overlap: bool = False,
+        once: bool = False,
     ) -> None:
         """Args.
 
@@ -73,6 +74,7 @@ class Forwarder:
         concurrency: How many jobs at a time.
         tries: How often a job that failed for a passing reason is tried here before a try of the queue is spent.
         overlap: Whether the next job is taken while the outputs of the last one upload.
+        once: Stop after one job whose program may have run, however it ended; `max_jobs` is not used then.
         """
         self._source = source
         self._delivery = delivery
@@ -83,7 +85,8 @@ class Forwarder:
         self._failures = failures or FailuresInARow(None)
         self._settling = Settling(drain, status, rng, retry_delay)
         self._rng = rng
-        self._left = max_jobs
+        self._once = once
+        self._left = 1 if once else max_jobs
         self._exit_when_idle = exit_when_idle
         self._concurrency = concurrency
         self._tries = tries
@@ -94,6 +97,8 @@ class Forwarder:
         self._busy = 0
         self.handled = 0
         """Jobs that were brought to an end here."""
+        self.used = False
+        """Whether the program of a job may have run here."""
         self.idle = False
         """Whether it ended because there was no job for `exit_when_idle`."""
         self._last_job = 0.0
@@ -135,11 +140,15 @@ class Forwarder:
         finally:
             self._busy -= 1
             self._last_job = anyio.current_time()
-        if ending.outcome in (Outcome.RELEASE, Outcome.LOST):
-            self._give_slot_back()
-        else:
+        if _is_end(ending):
             self.handled += 1
+        if not self._counts(ending):
+            self._give_slot_back()
         return True
+
+    def _counts(self, ending: Ending) -> bool:
+        """Whether the job was one of those after which we stop."""
+        return self.used if self._once else _is_end(ending)
 
     def _take_slot(self) -> bool:
         if self._left is None:
@@ -253,6 +262,7 @@ class Forwarder:
                     partial(self._give_way, turn),
                 )
                 ending = await attempt.run()
+                self.used = self.used or self._status.phase not in (Phase.RECEIVE, Phase.RESTORE)
                 worked.set()
                 again = ending.transient and ending.delay <= _LONGEST_HERE
                 if again and not last and not self._drain.requested.is_set():
@@ -284,9 +294,15 @@ class Forwarder:
 
     def _goes_on(self, ending: Ending) -> bool:
         """Whether another job is wanted after this one."""
-        counted = ending.outcome not in (Outcome.RELEASE, Outcome.LOST)
-        over = self._failures.enough_with(ending) or (counted and self._left is not None and self._left <= 0)
+        over = self._failures.enough_with(ending) or (
+            self._counts(ending) and self._left is not None and self._left <= 0
+        )
         return not over and not self._drain.requested.is_set() and self._delivery.available
+
+
+def _is_end(ending: Ending) -> bool:
+    """Whether the job is over here, and not interrupted."""
+    return ending.outcome not in (Outcome.RELEASE, Outcome.LOST)
 
 
 class _Turn:

@@ -107,6 +107,14 @@ class SyncEntry(_Model):
             raise ValueError("ready names the last file of a checkpoint, so it needs mode 'snapshot'")
         return self
 
+    @model_validator(mode="after")
+    def _deletes_of_mirror(self) -> SyncEntry:
+        if not self.deletes and self.mode == "snapshot":
+            raise ValueError(
+                "deletes false keeps the objects of a mirror's files, so it has no place in mode 'snapshot'"
+            )
+        return self
+
     @field_validator("bucket")
     @classmethod
     def _bucket_name(cls, value: str) -> str:
@@ -262,14 +270,14 @@ class Job:
 
     Attributes:
         id: Unique in its queue; safe in keys and paths.
-        body: The message as it came.
+        body: The message as it came; it may hold secrets of the program's.
         target: Where to deliver it, if the queue says so.
         headers: What the queue's own worker would tell the app besides, by name.
         index: Its place in an array of jobs, from 0.
     """
 
     id: str
-    body: bytes
+    body: bytes = field(repr=False)
     target: Target | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     index: int | None = None

@@ -1,17 +1,19 @@
 """The state file of Kelpie's worker (PROTOCOLS 3: KELPIE_STATE_FILE): programs read there what is under way.
 
     {"start": TIME, "jobs": [{"id", "status": "running|completed|failed", "start", "exitTime", "exitCode", "end",
-                              "activeUploads": [PATH, ...], "activeDownloads": [PATH, ...]}]}
+                              "activeUploads": [PATH, ...], "activeDownloads": []}]}
 
 Times are ISO 8601. `activeUploads` are the files with a state that is not in storage yet, from the moment that we
-know of it. While a job's folders are restored they stand in `activeDownloads`.
+know of it: the first 1,000 in the order of their paths, if there are more. `activeDownloads` is always empty, since a
+program never runs while a folder of its job is restored.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,17 @@ import anyio
 import anyio.to_thread
 
 from heeler.job import Ending, Outcome
-from heeler.status import Lane, Phase, Status
+from heeler.status import Phase, Status
 
 _LOOK_SECONDS = 0.5
 _KEPT = 100
+_MOST_PATHS = 1000
 _NO_CODE = -2
 """What Kelpie's worker writes for a program that left no exit code."""
 _WORDS = {Outcome.DONE: "completed", Outcome.RETRY: "failed", Outcome.FAIL: "failed"}
+
+_Jobs = list[tuple[dict[str, Any], set[Path]]]
+"""What is known of each job, and its files that are not in storage."""
 
 
 def _now() -> str:
@@ -36,14 +42,13 @@ def _now() -> str:
 class KelpieStateFile:
     """Keeps the file in step with the status."""
 
-    def __init__(self, place: Path, status: Status, folders: Callable[[], list[str]] = list) -> None:
-        """Args: the file, what is going on, and which folders a restore fills."""
+    def __init__(self, place: Path, status: Status) -> None:
+        """Args: the file, and what is going on."""
         self._place = place
         self._status = status
-        self._folders = folders
         self._start = _now()
         self._jobs: dict[str, dict[str, Any]] = {}
-        self._written = ""
+        self._written: _Jobs | None = None
         self._failing = False
         self._changed = anyio.Event()
 
@@ -63,16 +68,14 @@ class KelpieStateFile:
             with anyio.CancelScope(shield=True):
                 await self._write()
 
-    def as_text(self) -> str:
-        """What the file is to hold now."""
+    def _look(self) -> _Jobs:
+        """All that the file tells, as the event loop can say it at once, however many files there are."""
         lanes = {lane.job_id: lane for lane in self._status.lanes if lane.job_id is not None}
-        jobs = [{**job, **self._transfers(lanes.get(job["id"]))} for job in self._jobs.values()]
-        return json.dumps({"start": self._start, "jobs": jobs}, indent=2)
-
-    def _transfers(self, lane: Lane | None) -> dict[str, list[str]]:
-        uploads = [] if lane is None or lane.unsent is None else sorted(str(path) for path in lane.unsent())
-        downloads = self._folders() if lane is not None and lane.phase is Phase.RESTORE else []
-        return {"activeUploads": uploads, "activeDownloads": downloads}
+        found: _Jobs = []
+        for job in self._jobs.values():
+            lane = lanes.get(job["id"])
+            found.append(({**job}, set() if lane is None or lane.unsent is None else lane.unsent()))
+        return found
 
     def _note(self) -> None:
         for lane in self._status.lanes:
@@ -101,22 +104,31 @@ class KelpieStateFile:
         self._changed.set()
 
     async def _write(self) -> None:
-        text = self.as_text()
-        if text == self._written:
-            return
+        jobs = self._look()
         try:
-            await anyio.to_thread.run_sync(_replace, self._place, text)
+            await anyio.to_thread.run_sync(_replace, self._place, self._start, jobs, self._written)
         except OSError as error:
             if not self._failing:
                 self._status.fault("state_file_failed", error=f"{self._place}: {error.strerror}")
             self._failing = True
         else:
             self._failing = False
-            self._written = text
+            self._written = jobs
 
 
-def _replace(place: Path, text: str) -> None:
-    """Programs read it at any time: never half of it."""
+def _as_text(start: str, jobs: _Jobs) -> str:
+    told = [{**job, "activeUploads": _first(unsent), "activeDownloads": []} for job, unsent in jobs]
+    return json.dumps({"start": start, "jobs": told}, indent=2)
+
+
+def _first(paths: set[Path]) -> Sequence[str]:
+    return heapq.nsmallest(_MOST_PATHS, map(str, paths))
+
+
+def _replace(place: Path, start: str, jobs: _Jobs, written: _Jobs | None) -> None:
+    """Programs read it at any time: never half of it. Nothing is done if this is what it holds."""
+    if jobs == written:
+        return
     part = place.with_name(f"{place.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(_as_text(start, jobs), encoding="utf-8")
     part.replace(place)

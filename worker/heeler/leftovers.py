@@ -10,6 +10,9 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from heeler_sync.aside import locked_folder
+from heeler_sync.errors import SyncError
+
 
 class Leftovers:
     """The notes, a file for each job. Blocking calls."""
@@ -33,7 +36,7 @@ class Leftovers:
 
     def drop(self, job_id: str) -> None:
         """They are gone, or stay on purpose."""
-        (self._folder / job_id).unlink(missing_ok=True)
+        self._unlink(self._folder / job_id)
 
     def abandon(self, job_id: str) -> None:
         """Nobody uploads them any more. They stay, for people to look at, until something else is set apart."""
@@ -50,7 +53,14 @@ class Leftovers:
         try:
             for folder in map(Path, json.loads(note.read_text(encoding="utf-8"))):
                 if folder.exists():
-                    shutil.rmtree(folder)
-        except (OSError, ValueError, TypeError) as error:
+                    with locked_folder(folder):  # or it is another worker's by now
+                        shutil.rmtree(folder)
+        except (OSError, ValueError, TypeError, SyncError) as error:
             self._on_fault("leftover_not_removed", error=f"{note}: {error}")
-        note.unlink(missing_ok=True)
+        self._unlink(note)
+
+    def _unlink(self, note: Path) -> None:
+        try:
+            note.unlink(missing_ok=True)
+        except OSError as error:
+            self._on_fault("leftover_not_removed", error=f"{note}: {error.strerror}")

@@ -209,7 +209,7 @@ class _Runtime:
             await leave_unfit(imds, self._failures.reason, self._drain, self._status)
         elif forwarder.idle and settings.move_when_idle:
             await leave_unfit(imds, f"no job for {settings.move_when_idle:g} s", self._drain, self._status)
-        elif forwarder.handled and settings.recreate_between_jobs and imds is not None:
+        elif forwarder.used and settings.recreate_between_jobs and imds is not None:
             await make_anew(imds, self._drain, self._status)
 
     def _beside(self) -> list[Callable[[], Awaitable[object]]]:

@@ -1,7 +1,7 @@
 """Keeps the instance's deletion cost as the work goes, so that a scale-in takes the machine that loses least.
 
-As Kelpie sets it (PROTOCOLS 2): 0 when idle, growing by 1 with each beat of a running job, the most during the final
-upload. The service being out of reach never hinders a job.
+As Kelpie sets it (PROTOCOLS 2): 0 when idle, growing by 1 with each beat of a running job (of several, the longest),
+the most during the final upload. The service being out of reach never hinders a job.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class DeletionCost:
         self._imds = imds
         self._status = status
         self._changed = anyio.Event()
-        self._job: tuple[str, int] | None = None
-        self._since = 0.0
+        self._since: dict[tuple[str, int], float] = {}
+        """When each attempt at a job began that goes on."""
         self._told: int | None = None
         self._failing = False
 
@@ -51,28 +51,32 @@ class DeletionCost:
 
     def _note(self) -> None:
         """The status has changed: a job may have begun, too short for `run` to see it."""
-        job = None if self._status.job_id is None else (self._status.job_id, self._status.attempt)
-        if job != self._job:
-            self._job, self._since = job, anyio.current_time()
+        now = anyio.current_time()
+        jobs = [(lane.job_id, lane.attempt) for lane in self._status.lanes if lane.job_id is not None]
+        self._since = {job: self._since.get(job, now) for job in jobs}
         self._changed.set()
 
     def _cost(self) -> int:
-        if self._job is None:
+        if not self._since:
             return 0
         if self._status.is_anywhere(Phase.UPLOAD, Phase.SETTLE):
             return FINAL_UPLOAD
         return min(1 + self._beats(), FINAL_UPLOAD - 1)
 
     def _beats(self) -> int:
-        return int((anyio.current_time() - self._since) // BEAT)
+        return int((anyio.current_time() - self._longest()) // BEAT)
+
+    def _longest(self) -> float:
+        """When the job began that goes on for the longest time."""
+        return min(self._since.values())
 
     def _rest(self) -> float:
         """Seconds until there may be something to tell though nothing changes."""
         if self._cost() != self._told:
             return _RETRY if self._failing else 0.0
-        if self._job is None or self._told == FINAL_UPLOAD:
+        if not self._since or self._told == FINAL_UPLOAD:
             return math.inf
-        return self._since + (self._beats() + 1) * BEAT - anyio.current_time()
+        return self._longest() + (self._beats() + 1) * BEAT - anyio.current_time()
 
     async def _tell(self, cost: int) -> None:
         try:

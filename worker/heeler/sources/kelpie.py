@@ -6,7 +6,6 @@ was handed out: two askers may have been given the same one.
 
 from __future__ import annotations
 
-import math
 import random
 import re
 import secrets
@@ -21,17 +20,18 @@ from heeler.errors import UnavailableError, UsageError
 from heeler.scopes import Doubling
 from heeler.sources import SourceRequest
 from heeler.sources.base import BARREN_LIMIT, Lease, LeaseLostError, SourceUnavailableError, Verdict
+from heeler.sources.kelpie_book import Book
 from heeler.sources.kelpie_calls import Identity, KelpieCalls
 from heeler.sources.kelpie_claims import Claims
 from heeler.sources.kelpie_http import CallRefusedError, KelpieClient, NoSuchJobError, claims_of, credentials_of
 from heeler.sources.kelpie_job import Row, job_of
-from heeler.sources.kelpie_lease import Book, KelpieLease
+from heeler.sources.kelpie_lease import KelpieLease
+from heeler.sources.kelpie_pace import Pace
 from heeler.sources.kelpie_record import FAILED, Held, JobRecord, Records
 
 _TAKE_SECONDS = 15.0
 """What is being taken when nobody wants a job any more is taken to the end for so long: a job may be on its way."""
 _RETRY = (0.5, 5.0)
-_JITTER = (0.8, 1.2)
 _MADE_UP = re.compile(r"heeler-[0-9a-f]{16}")
 
 
@@ -86,7 +86,7 @@ class KelpieSource:
         self._claims_folder = claims_folder
         self._connected: _Connected | None = None
         self._asking = anyio.Lock()
-        self._ask_at = -math.inf
+        self._pace = Pace(settings.kelpie_poll, clock=clock, rng=self._rng, on_fault=request.on_fault)
 
     @property
     def name(self) -> str:
@@ -130,20 +130,13 @@ class KelpieSource:
     async def receive(self, *, wait: float) -> Lease | None:
         """As `Source.receive`: first what an earlier process had here, then what the API hands out."""
         limit = self._clock() + wait
-        while self._clock() + (rest := self._rest()) <= limit:
+        while self._clock() + (rest := self._pace.rest()) <= limit:
             await anyio.sleep(rest)
             async with self._asking:
-                if self._rest() <= 0 and (lease := await self._ask()) is not None:
+                if self._pace.rest() <= 0 and (lease := await self._ask()) is not None:
                     return lease
         await anyio.sleep(max(0.0, limit - self._clock()))
         return None
-
-    def _rest_for(self, seconds: float) -> None:
-        self._ask_at = max(self._ask_at, self._clock() + max(seconds, self._settings.kelpie_poll))
-
-    def _rest(self) -> float:
-        """Seconds until the API may be asked."""
-        return max(0.0, self._ask_at - self._clock())
 
     async def reclaim(self, worker: str) -> None:
         """As `Source.reclaim`: what is held is found in the state folder, not by name."""
@@ -172,8 +165,7 @@ class KelpieSource:
             row = await to_api.calls.work()
             lease = None if row is None else await self._offer(self._taken(row, to_api), to_api)
         finally:
-            pause = self._settings.kelpie_poll * self._rng.uniform(*_JITTER)
-            self._ask_at = -math.inf if lease is not None else self._clock() + pause
+            self._pace.asked(found=lease is not None)
         return lease
 
     def _taken(self, row: Row, to_api: _Connected) -> JobRecord:
@@ -211,9 +203,7 @@ class KelpieSource:
             self._left.append(record)
             raise SourceUnavailableError(_unusable(error)) from None
         if claim is None:
-            if await self._is_here(record, to_api.book):
-                return None
-            self._on_fault("job_of_sibling", job_id=record.row.id, error="another worker of this machine has it")
+            await self._pass_on(record, to_api)
             return None
         held = Held(record, claim, tried=bool(record.verdict))
         lease = None
@@ -230,13 +220,20 @@ class KelpieSource:
                 claim.release()
         return lease
 
-    async def _is_here(self, record: JobRecord, book: Book) -> bool:
-        """Whether a job that somebody of this machine has is one of our own."""
+    async def _pass_on(self, record: JobRecord, to_api: _Connected) -> None:
+        """What somebody of this machine has already goes on there: in another lane of ours, or by word to a sibling."""
+        words = "another worker of this machine has it"
         try:
-            return await book.renew(record.row.id)
+            if await to_api.book.renew(record.row.id):
+                return
+            if not record.started and (started := await to_api.book.handed_out(record)):
+                to_api.claims.leave_word(record.row.id, started)
+        except OSError as error:
+            words = f"{words}, and can't be told: {error}"
         except BaseException:
             self._left.append(record)
             raise
+        self._on_fault("job_of_sibling", job_id=record.row.id, error=words)
 
     async def _lease(self, held: Held, book: Book) -> Lease | None:
         """The lease, once the API has said that the job is ours; None if all that is left of it was a report."""
@@ -250,7 +247,7 @@ class KelpieSource:
             await book.report(held, FAILED)
             return None
         self._records.prune()
-        return KelpieLease(job_of(held.record.row, self._settings), held, book, self._rest_for)
+        return KelpieLease(job_of(held.record.row, self._settings), held, book, self._pace)
 
     async def _connect(self) -> _Connected:
         """The API, once it is known who we are."""

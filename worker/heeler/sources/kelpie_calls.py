@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
 
 from heeler.sources.base import SourceUnavailableError
-from heeler.sources.kelpie_http import KelpieClient
+from heeler.sources.kelpie_http import KelpieClient, NoSuchJobError
 from heeler.sources.kelpie_job import Row
 
 
@@ -23,7 +25,10 @@ class Identity:
 
 
 class KelpieCalls:
-    """The calls of one worker. Each raises as `KelpieClient.call`."""
+    """The calls of one worker. Each raises as `KelpieClient.call`.
+
+    That there is no such job the API must say twice: a wrong word of whoever answered once would end a program.
+    """
 
     def __init__(self, client: KelpieClient, identity: Identity) -> None:
         self._client = client
@@ -43,7 +48,11 @@ class KelpieCalls:
 
     async def job(self, job_id: str) -> Row:
         """A job as it is now."""
-        return Row.of(await self._client.call("GET", _path(job_id)))
+        try:
+            found = await self._look(job_id)
+        except NoSuchJobError:
+            found = await self._look(job_id)
+        return Row.of(found)
 
     async def heartbeat(self, job_id: str) -> str:
         """Keep a job; its status. "canceled" also means that another machine has it."""
@@ -51,18 +60,29 @@ class KelpieCalls:
 
     async def completed(self, job_id: str) -> None:
         """Report a job as done. The API takes it from anyone."""
-        await self._client.call("POST", f"{_path(job_id)}/completed", body=self.identity.as_json())
+        await self._tell("completed", job_id)
 
     async def failed(self, job_id: str) -> None:
         """Report a failure: it counts, and this machine gets the job no more. The API takes it from anyone."""
-        await self._client.call("POST", f"{_path(job_id)}/failed", body=self.identity.as_json())
+        await self._tell("failed", job_id)
 
     def close(self) -> None:
         """Let go of connections."""
         self._client.close()
 
+    def _look(self, job_id: str) -> Awaitable[Any]:
+        return self._client.call("GET", _path(job_id))
+
+    async def _tell(self, call: str, job_id: str) -> Any:
+        try:
+            return await self._client.call("POST", f"{_path(job_id)}/{call}", body=self.identity.as_json())
+        except NoSuchJobError as error:
+            words = str(error)
+        await self._look(job_id)
+        raise SourceUnavailableError(f"{words}; but it shows that job")
+
     async def _status(self, call: str, job_id: str) -> str:
-        found = await self._client.call("POST", f"{_path(job_id)}/{call}", body=self.identity.as_json())
+        found = await self._tell(call, job_id)
         status = found.get("status") if isinstance(found, dict) else None
         if not isinstance(status, str):
             raise SourceUnavailableError(f"Kelpie's API at {self.name} gave no status of a job")

@@ -25,8 +25,8 @@ _TOTAL = 15.0
 _ANSWER_BYTES = 64 << 20
 """A page of jobs, or a thousand that were submitted, may be large."""
 _SHOWN = 300
-_NO_ROUTE = "Route Not Found"
-"""What the API answers to a path that it does not have."""
+_NO_JOB = "job not found"
+"""The API's own words, in small letters. Any other 404 is of somebody between us, or of another path."""
 _REFUSED = (401, 403)
 _LATER = (408, 425, 429)
 _NAME = "KELPIE_API_URL (or --kelpie-url)"
@@ -188,7 +188,7 @@ class KelpieClient:
         """Make one call, and once more with other credentials if those are refused; what it answers.
 
         Raises:
-            NoSuchJobError: 404.
+            NoSuchJobError: 404, in the API's own words.
             CallRefusedError: Any other 4xx.
             SourceUnavailableError: There was no answer, or none to go by. It may have taken effect.
         """
@@ -243,7 +243,7 @@ class KelpieClient:
                 raise self._unavailable(f"gave no sensible answer to {method} {path}")
             return found
         said = f"answered {method} {path} with {answer.status}{_words(found, credentials)}"
-        if answer.status == 404 and isinstance(found, dict) and found.get("error") != _NO_ROUTE:
+        if answer.status == 404 and _is_no_job(found):
             raise NoSuchJobError(f"Kelpie's API at {self._shown} {said}")
         if answer.status == 404 or 300 <= answer.status < 400:  # of somebody else, who knows nothing of jobs
             raise CallRefusedError(f"Kelpie's API at {self._shown} {said}; is {_NAME} right?", answer.status)
@@ -259,6 +259,11 @@ class KelpieClient:
 
     def _unavailable(self, words: str) -> SourceUnavailableError:
         return SourceUnavailableError(f"Kelpie's API at {self._shown} {words}")
+
+
+def _is_no_job(found: object) -> bool:
+    words = found.get("message") if isinstance(found, dict) else None
+    return isinstance(words, str) and words.casefold() == _NO_JOB
 
 
 def _words(found: object, credentials: Mapping[str, str]) -> str:

@@ -179,7 +179,7 @@ def _with_snapshots(sync: Mapping[str, Any]) -> dict[str, Any]:
     }
     for part in ("before", "during"):
         for entry, place in zip(parts[part], places[part], strict=True):
-            if entry.get("pattern") or "mode" in entry:
+            if entry.get("pattern") or "mode" in entry or "deletes" in entry:
                 chosen.discard(place)
     kept = {
         part: [

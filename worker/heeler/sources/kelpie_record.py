@@ -72,7 +72,9 @@ class Held:
         record: The job; it is kept on disk.
         claim: Our lock of it among the workers of this machine.
         lost: It is not ours any more.
-        asked_at: When the heartbeat was sent by which it became ours, by the book's clock.
+        asked_at: When the last heartbeat that was answered was sent, by the book's clock.
+        doubtful: A heartbeat may have got no answer since.
+        strange_since: Since when the API tells of a hand-out to this machine that we know nothing of.
         tried: A report may have taken effect, though no answer came.
         settled: The API has our report, or nobody wants one.
         dropped: Nothing of it is to be on disk.
@@ -85,6 +87,8 @@ class Held:
     claim: Claim
     lost: bool = False
     asked_at: float = 0.0
+    doubtful: bool = False
+    strange_since: float | None = None
     tried: bool = False
     settled: bool = False
     dropped: bool = False
