@@ -95,8 +95,6 @@ class Forwarder:
         """So many jobs may be anywhere but in the upload of their outputs."""
         self._over = False
         self._busy = 0
-        self.handled = 0
-        """Jobs that were brought to an end here."""
         self.used = False
         """Whether the program of a job may have run here."""
         self.idle = False
@@ -140,8 +138,6 @@ class Forwarder:
         finally:
             self._busy -= 1
             self._last_job = anyio.current_time()
-        if _is_end(ending):
-            self.handled += 1
         if not self._counts(ending):
             self._give_slot_back()
         return True
