@@ -134,11 +134,12 @@ async def test_an_output_that_goes_before_it_is_sent_is_no_success(world: World)
     original = world.store.put
 
     async def put(key: str, *arguments: object, **more: object) -> str:
-        (world.work / "out/39").unlink(missing_ok=True)
+        for path in (world.work / "out").glob("??"):  # more than are on their way at once
+            path.unlink()
         return await original(key, *arguments, **more)  # type: ignore[arg-type]
 
     world.store.put = put  # type: ignore[method-assign]
-    with pytest.raises(LocalFileError, match=r"out/39.*is gone, and the job owes it"):
+    with pytest.raises(LocalFileError, match=r"out/\d\d.*is gone, and the job owes it"):
         await made.publish()
     made.close()
 
